@@ -1,0 +1,189 @@
+"""From a traced graph to something that runs: the passes, then Inductor, then the inputs that Dynamo does not know.
+
+What the routed ops read (the bank's tensors, the routing of the call) is appended to the graph's inputs at every call.
+Dynamo never sees these tensors, so nothing about them is guarded: a swap recompiles nothing, and threads that run the
+same compiled code read each the routing of its own call.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lorafx.bank import AdapterBank
+from lorafx.errors import LorafxError, UnsupportedModelError
+from lorafx.kernels.ops import LOWERINGS
+from lorafx.passes import PassContext, PassRecord, run_passes
+from lorafx.passes.attach_inputs import has_routed_inputs
+from lorafx.sites import refusal, rows_unknown
+
+log = logging.getLogger("lorafx")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``options`` of ``lorafx.compile``: what is ours, and what goes on to Inductor."""
+
+    lowering: str = "auto"
+    inductor: bool = True
+    patches: dict[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, options: dict[str, Any] | None, mode: str | None = None) -> Options:
+        """LorafxError: a lowering that there is none of, an option that neither lorafx nor Inductor knows."""
+        rest = dict(options or {})
+        lowering = rest.pop("lowering", "auto")
+        if lowering not in LOWERINGS:
+            raise LorafxError(f"got lowering {lowering!r}; expected one of {', '.join(LOWERINGS)}")
+        if rest.pop("fold", False):
+            raise LorafxError("options={'fold': True} is not there yet; leave it out")
+        inductor = bool(rest.pop("inductor", True))
+        if mode in (None, "default", "eager"):
+            patches = {}
+        else:
+            try:
+                patches = dict(torch._inductor.list_mode_options(mode))
+            except RuntimeError as error:
+                raise LorafxError(f"got mode {mode!r}; expected one of torch.compile's or 'eager'. {error}") from error
+        known = set(torch._inductor.list_options())
+        unknown = sorted(key for key in rest if key.replace("-", "_") not in known)
+        if unknown:
+            raise LorafxError(
+                f"unknown option {unknown[0]!r}; lorafx has lowering, fold and inductor, and"
+                " torch._inductor.list_options() lists Inductor's"
+            )
+        patches.update({key.replace("-", "_"): value for key, value in rest.items()})
+        return cls(lowering, inductor, patches)
+
+
+@dataclass
+class GraphRecord:
+    """One graph that was compiled: what the passes did, how long Inductor took, which of Dynamo's frames it is of."""
+
+    passes: PassRecord
+    seconds: float
+    frame: int | None
+    parameters: frozenset[int]  # ids of the parameters it reads
+    before: str  # code of the graph as traced
+    after: str  # and as fused
+
+
+recent: deque[GraphRecord] = deque(maxlen=64)  # of torch.compile(backend="lorafx"), which has no bank to ask
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    bank: AdapterBank | None = None,
+    keep: Callable[[GraphRecord], None] = recent.append,
+) -> Callable[..., Any]:
+    """What Dynamo calls a backend: ``gm`` rewritten and compiled, to be called as ``gm`` is."""
+    context = PassContext(lowering=options.lowering)
+    if bank is not None:
+        context.bank_key, context.sites = bank.key, bank.store.geometry
+    rewritten = _copy_graph(gm)
+    traced = gm.print_readable(print_output=False)
+    record = run_passes(rewritten, context)
+    routed = has_routed_inputs(rewritten)
+    mixed_refusal = _mixed_refusal(record, bank) if routed else None
+    started = time.perf_counter()
+    if routed:
+        inputs = [*inputs, *_extras(bank, bank.routing())]
+    if options.inductor:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled = compile_fx(rewritten, list(inputs), config_patches=options.patches or None)
+    else:
+        compiled = rewritten.forward
+    identity = torch._guards.CompileContext.current_compile_id()
+    keep(
+        GraphRecord(
+            record,
+            time.perf_counter() - started,
+            identity.frame_id if identity is not None else None,
+            frozenset(id(value) for value in inputs if isinstance(value, nn.Parameter)),
+            traced,
+            rewritten.print_readable(print_output=False),
+        )
+    )
+    log.info(
+        "graph compiled: %d group(s) fused, %d branch(es) left, %.1f s",
+        len(record.groups),
+        len(record.skipped),
+        time.perf_counter() - started,
+    )
+    return _with_extras(compiled, bank, mixed_refusal) if routed else compiled
+
+
+def _with_extras(compiled: Callable[..., Any], bank: AdapterBank, mixed_refusal: str | None) -> Callable[..., Any]:
+    made_for = bank.key
+
+    def call(*args: Any) -> Any:
+        if bank.key != made_for:
+            raise LorafxError("a graph was called whose bank has been packed anew since; call the model itself")
+        routing = bank.routing()
+        if mixed_refusal is not None and len(routing.rows) > 1:
+            raise UnsupportedModelError(mixed_refusal)
+        return compiled(*args, *_extras(bank, routing))
+
+    return call
+
+
+def _extras(bank: AdapterBank, routing: Any) -> tuple[Tensor, ...]:
+    """In the order of ``attach_inputs.ROUTED_INPUTS``."""
+    store = bank.store
+    return (
+        store.storage,
+        store.owner,
+        store.scale,
+        store.windows,
+        routing.slots,
+        routing.weights,
+        routing.count,
+    )
+
+
+def _mixed_refusal(record: PassRecord, bank: AdapterBank) -> str | None:
+    """Why this graph can't serve different adapters row by row, judged by the batch that it was traced with."""
+    if bank.batch is None:
+        return None
+    for site, shape in record.shapes.items():
+        if reason := rows_unknown(shape, bank.batch, bank.batch):
+            return refusal(site, reason)
+    return None
+
+
+def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of our own to change: Dynamo still reads its one after the backend returned."""
+    rewritten = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    rewritten.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        rewritten._param_name_to_source = gm._param_name_to_source
+    for old, new in zip(gm.graph.nodes, rewritten.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return rewritten
+
+
+def dynamo_backend(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="lorafx")``: LoRA branches found in the graph are fused, the rest is Inductor's."""
+    return compile_graph(gm, inputs, Options.parse(options, mode))
+
+
+__all__ = ["GraphRecord", "Options", "compile_graph", "dynamo_backend", "recent"]

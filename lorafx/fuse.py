@@ -1,0 +1,46 @@
+"""``lorafx.fuse``: the passes alone, on a graph that ``torch.fx.symbolic_trace`` or ``torch.export`` made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.backend import GraphRecord, Options
+from lorafx.explain import Report, report_on
+from lorafx.passes import PassContext, run_passes
+
+
+def fuse(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    options: dict[str, Any] | None = None,
+) -> tuple[fx.GraphModule, Report]:
+    """Fuse the LoRA branches of a traced graph. ``graph_module`` stays as it is; its parameters are shared.
+
+    example_inputs: real tensors, to learn shapes and dtypes from; without them a branch that casts on its way is left
+        alone, since the dtype of its sum is unknown
+    options: "lowering", as in ``lorafx.compile``
+
+    Returns the fused graph and a report of what was done.
+    """
+    fused = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    if example_inputs is not None:
+        _learn_shapes(fused, example_inputs)
+    before = fused.print_readable(print_output=False)
+    record = run_passes(fused, PassContext(lowering=Options.parse(options).lowering))
+    after = fused.print_readable(print_output=False)
+    return fused, report_on([GraphRecord(record, 0.0, None, frozenset(), before, after)])
+
+
+def _learn_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Leave a fake tensor in ``meta["val"]`` of every node."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    with torch.no_grad():
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)

@@ -1,0 +1,239 @@
+"""The one file that knows PEFT's layers: adapted layers on a PeftModel, and what PEFT's own switches say.
+
+An adapted ``lora.Linear`` becomes an ``AdaptedLinear``, whose forward while it is traced is "base layer, then marker",
+so that which adapter is active is no part of the graph. Run eagerly it does what PEFT does. Its parameters become
+views of the bank: PEFT's own edits in place are seen by the fused ops at once, and there is one copy of each weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.selection import Selection
+from lorafx.sites import apply_site
+
+if TYPE_CHECKING:
+    from lorafx.bank import AdapterBank
+
+
+class AdaptedLinear(PeftLinear):
+    """PEFT's LoRA layer on a linear layer, with the branch left to lorafx when it is traced."""
+
+    _lorafx_bank: AdapterBank
+    _lorafx_key: int
+    _lorafx_site: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(kwargs.get(name) is not None for name in ("adapter_names", "alora_offsets")):
+            return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
+                return super().forward(x, *args, **kwargs)
+            y = self.base_layer(x, *args, **kwargs)
+            return torch.ops.lorafx.site.default(y, x, self._lorafx_key, self._lorafx_site)
+        chosen = self._lorafx_bank.chosen
+        if chosen is None:
+            return super().forward(x, *args, **kwargs)
+        if needs_gradients(self):
+            return self._with_gradients(chosen, x, *args, **kwargs)
+        return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
+
+    def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The selection row by row, through PEFT's own modules, so that every gradient is there."""
+        y = self.base_layer(x, *args, **kwargs)
+        rows = torch.arange(x.shape[0], device=x.device) * len(selection) // x.shape[0]
+        result = y
+        for i, row in enumerate(selection):
+            mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
+            for name, weight in row:
+                if name in self.lora_A:
+                    lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+                    hidden = self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))
+                    delta = lora_b(lora_a(hidden)) * (self.scaling[name] * weight)
+                    result = result + torch.where(mine, delta, 0)
+        return result.to(y.dtype)
+
+
+def needs_gradients(layer: LoraLayer) -> bool:
+    """Whether PEFT's own branch has to run: its weights take part in a backward, or its dropout is active."""
+    if layer.training and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
+        return True
+    return torch.is_grad_enabled() and any(
+        p.requires_grad
+        for part in (layer.lora_A, layer.lora_B)
+        for module in part.values()
+        for p in module.parameters()
+    )
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model that PEFT wraps, or ``model``."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def tuner_of(model: nn.Module) -> BaseTuner | None:
+    tuner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, BaseTuner) else None
+
+
+def has_adapters(root: nn.Module) -> bool:
+    return any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in root.modules())
+
+
+def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, str]]:
+    """(layers that can be fused, by path; why the others can't, by path)."""
+    layers: dict[str, PeftLinear] = {}
+    skipped: dict[str, str] = {}
+    for path, module in root.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        if type(module) not in (PeftLinear, AdaptedLinear):
+            skipped[path] = (
+                f"PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__} is not fused yet"
+            )
+        elif module.lora_variant:
+            kinds = sorted({type(variant).__name__ for variant in module.lora_variant.values()})
+            skipped[path] = f"{', '.join(kinds)} is not fused yet"
+        elif module.merged:
+            skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
+        else:
+            layers[path] = module
+    dtypes = {p.dtype for layer in layers.values() for p in _parameters(layer)}
+    if len(dtypes) > 1:
+        main = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        for path in [path for path, layer in layers.items() if any(p.dtype != main for p in _parameters(layer))]:
+            skipped[path] = f"its adapter is not in {main}, as those of other layers are"
+            del layers[path]
+    return layers, skipped
+
+
+def _parameters(layer: PeftLinear) -> Iterator[nn.Parameter]:
+    for part in (layer.lora_A, layer.lora_B):
+        for module in part.values():
+            yield from module.parameters()
+
+
+def adapters_on(layers: dict[str, PeftLinear]) -> list[AdapterWeights]:
+    """The adapters that stand on these layers; the weights are the parameters themselves."""
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.lora_A)
+    return [
+        AdapterWeights(name, {path: _weights(layer, name) for path, layer in layers.items() if name in layer.lora_A})
+        for name in names
+    ]
+
+
+def _weights(layer: PeftLinear, name: str) -> SiteWeights:
+    bias = layer.lora_B[name].bias
+    return SiteWeights(
+        layer.lora_A[name].weight.detach(),
+        layer.lora_B[name].weight.detach(),
+        None if bias is None else bias.detach(),
+        float(layer.scaling[name]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ wrapping
+
+
+def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
+    layer.__class__ = AdaptedLinear
+    vars(layer).update(_lorafx_bank=bank, _lorafx_key=bank.key, _lorafx_site=site)
+
+
+def release(layer: AdaptedLinear) -> None:
+    layer.__class__ = PeftLinear
+    for name in ("_lorafx_bank", "_lorafx_key", "_lorafx_site"):
+        vars(layer).pop(name, None)
+
+
+def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank) -> None:
+    """Make the parameters of these layers views of the bank, which holds the same numbers."""
+    for name in bank.names:
+        for path in bank.store.taken[bank._slots[name]]:
+            if path in layers and name in layers[path].lora_A:
+                a, b, bias = bank.store.views(bank._slots[name], path)
+                layer = layers[path]
+                layer.lora_A[name].weight.data = a
+                layer.lora_B[name].weight.data = b
+                if bias is not None:
+                    layer.lora_B[name].bias.data = bias
+
+
+def own_memory(layers: dict[str, PeftLinear]) -> None:
+    """Undo ``share_memory``: every parameter gets memory of its own."""
+    for layer in layers.values():
+        for parameter in _parameters(layer):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+class ContiguousStateDict:
+    """A hook on ``state_dict``: safetensors takes contiguous tensors only, and B is held as rank rows."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key, value in state.items():
+            if ".lora_B." in key and isinstance(value, Tensor) and not value.is_contiguous():
+                state[key] = value.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ PEFT's switches
+
+
+def active_names(layers: dict[str, PeftLinear]) -> tuple[str, ...] | None:
+    """The adapters that ``set_adapter`` made active; None if the layers disagree or hold merged weights."""
+    active: Any = None
+    for layer in layers.values():
+        names = tuple(layer.active_adapters)
+        if layer.merged_adapters or (active is not None and active != names):
+            return None
+        active = names
+    return active or ()
+
+
+def disabled(layers: dict[str, PeftLinear]) -> bool:
+    """``disable_adapter`` is in force; PEFT sets it on every layer."""
+    return any(layer._disable_adapters for layer in layers.values())
+
+
+def fingerprint(layers: dict[str, PeftLinear]) -> tuple:
+    """Everything that PEFT's verbs change and that the bank mirrors; cheap enough for every call."""
+    marks: list[Any] = []
+    for layer in layers.values():
+        marks += layer.scaling.values()
+        for name, module in layer.lora_A.items():
+            marks += (name, module.weight.data_ptr(), layer.lora_B[name].weight.data_ptr())
+    return tuple(marks)
+
+
+class ForwardHooks:
+    """Stands for the tuner's ``_enable_peft_forward_hooks``: adapter_names become the call's selection, not hooks."""
+
+    def __init__(self, runtime: Any, tuner: BaseTuner) -> None:
+        self.runtime = runtime
+        self.tuner = tuner
+
+    @contextmanager
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if kwargs.get("alora_offsets") is not None or (names is not None and self.runtime.unfused):
+            # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
+            with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
+                yield
+        elif names is None:
+            yield
+        else:
+            with self.runtime.selected(names, args, kwargs):
+                yield

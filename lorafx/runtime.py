@@ -1,0 +1,323 @@
+"""What ``lorafx.compile`` puts around a model: the compiled call, generate, and the bank that follows the model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx import peft_layers
+from lorafx.backend import GraphRecord, Options, compile_graph
+from lorafx.bank import AdapterBank, warn_once
+from lorafx.errors import AdapterMismatchError, UnsupportedModelError
+from lorafx.selection import Selection, names_in, normalize
+from lorafx.sites import SiteHook
+
+log = logging.getLogger("lorafx")
+
+RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
+
+
+class Runtime:
+    """Ties a model to its bank.
+
+    model: what the user gave; root: the module whose call is compiled (the base model of a PeftModel)
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, bank: AdapterBank, options: Options, dynamic: bool | None, eager: bool
+    ) -> None:
+        self.model, self.root, self.bank = model, root, bank
+        self.options, self.dynamic, self.eager = options, dynamic, eager
+        self.graphs: list[GraphRecord] = []
+        self.retraces: list[str] = []  # why, each time the bank was packed anew
+        self.unfused: dict[str, str] = {}  # PEFT's layers that stay as they are, and why
+        self.peft: dict[str, Any] = {}  # PEFT's layers that are fused
+        self._peft_state: tuple | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What can't be copied or pickled, and is made anew in a copy."""
+        self._entry: Callable[..., Any] | None = None
+        self._forced_eager = 0
+        self._hooks: list[Any] = []
+        vars(self.root)["_compiled_call_impl"] = RootCall(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_entry", "_hooks", "_forced_eager")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.graphs, self._peft_state = [], None
+        self._begin()
+        self._connect_bank()
+
+    # ------------------------------------------------------------------------------------------ putting on
+
+    def install(self) -> None:
+        """Put hooks, the compiled call and ``lora`` on the model."""
+        self._connect_bank()
+        self._attach_sites()
+        for module in {id(m): m for m in (self.model, self.root)}.values():
+            vars(module)["lora"] = self.bank
+            vars(module)["_lorafx_runtime"] = self
+        if hasattr(type(self.root), "generate"):
+            vars(self.root)["generate"] = Generate(self)
+        tuner = peft_layers.tuner_of(self.model)
+        if tuner is not None:
+            vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
+
+    def remove(self) -> None:
+        """Take everything off again."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.root.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, SiteHook) and hook.bank is self.bank:
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+        peft_layers.own_memory(self.peft)
+        for layer in self.peft.values():
+            peft_layers.release(layer)
+        tuner = peft_layers.tuner_of(self.model)
+        for module, names in (
+            (self.model, ("lora", "_lorafx_runtime")),
+            (self.root, ("lora", "_lorafx_runtime", "generate", "_compiled_call_impl")),
+            (tuner, ("_enable_peft_forward_hooks",)),
+        ):
+            for name in names if module is not None else ():
+                vars(module).pop(name, None)
+
+    def _connect_bank(self) -> None:
+        self.bank._on_new_store = self._on_new_store
+        self.bank._guard_use = self._guard_use
+        self.bank._follow = self._follow_model
+
+    def _attach_sites(self) -> None:
+        """Hooks on plain layers, PEFT's layers adapted; each told its place in the bank."""
+        have = {
+            path: hook
+            for path, module in self.root.named_modules()
+            for hook in module._forward_hooks.values()
+            if isinstance(hook, SiteHook) and hook.bank is self.bank
+        }
+        for path, site in self.bank.store.index.items():
+            if path in self.peft:
+                peft_layers.adapt(self.peft[path], self.bank, site)
+            elif path in have:
+                have[path].key, have[path].site = self.bank.key, site
+            else:
+                module = self.root.get_submodule(path)
+                self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
+        peft_layers.share_memory(self.peft, self.bank)
+        for layer in self.peft.values():
+            if not any(isinstance(h, peft_layers.ContiguousStateDict) for h in layer._state_dict_hooks.values()):
+                self._hooks.append(layer.register_state_dict_post_hook(peft_layers.ContiguousStateDict()))
+
+    def _on_new_store(self, reason: str) -> None:
+        self._attach_sites()
+        if not self.eager and self._entry is not None:
+            self.retraces.append(reason)
+            warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
+        self._entry = None
+
+    def _guard_use(self, selection: Selection) -> None:
+        if self.unfused and names_in(selection):
+            path, reason = next(iter(self.unfused.items()))
+            raise UnsupportedModelError(
+                f"model.lora.use can't choose for {len(self.unfused)} layer(s) that PEFT runs itself, such as {path}"
+                f" ({reason}). Use PEFT's set_adapter on this model."
+            )
+
+    # ------------------------------------------------------------------------------------------ calling
+
+    @contextmanager
+    def selected(self, names: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Iterator[None]:
+        """One call with ``adapter_names`` of its own.
+
+        AdapterMismatchError: an unknown name, or not one name for each row
+        """
+        selection = self.bank._known(normalize(names))
+        self._guard_use(selection)
+        batch = self.batch_of(args, kwargs or {})
+        if isinstance(names, (list, tuple)) and batch is not None and len(names) != batch:
+            raise AdapterMismatchError(
+                f"got {len(names)} adapter_names for a batch of {batch} rows; expected one name for each row"
+                " (None or '__base__' for the base model)"
+            )
+        with self.bank.calling(selection, batch):
+            yield
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Calls inside run without what was compiled."""
+        self._forced_eager += 1
+        try:
+            yield
+        finally:
+            self._forced_eager -= 1
+
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        names = kwargs.pop("adapter_names", None)
+        self._follow_model()
+        with ExitStack() as stack:
+            if names is not None:
+                stack.enter_context(self.selected(names, args, kwargs))
+            stack.enter_context(self.bank.calling(None, self.batch_of(args, kwargs)))
+            stack.enter_context(self.bank.reading())
+            self._check_rows()
+            return self.entry()(*args, **kwargs)
+
+    def entry(self) -> Callable[..., Any]:
+        """What runs the root: its own call, compiled unless something rules that out."""
+        if self.eager or self._forced_eager or not self._peft_agrees or self._needs_eager():
+            return self.root._call_impl
+        if self._entry is None:
+            self._entry = compiled_entry(self.root, self._backend, self.dynamic)
+        return self._entry
+
+    def _backend(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, inputs, self.options, self.bank, self.graphs.append)
+
+    def _needs_eager(self) -> bool:
+        """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row."""
+        return (
+            bool(self.peft)
+            and torch.is_grad_enabled()
+            and self.bank.chosen is not None
+            and any(peft_layers.needs_gradients(layer) for layer in self.peft.values())
+        )
+
+    def batch_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+        """Rows of the batch: the leading size of the model's main input, else of the first tensor."""
+        main = getattr(self.root, "main_input_name", None)
+        named = (main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+        candidates = [*args[:1], *(kwargs.get(name) for name in named if name), *args[1:], *kwargs.values()]
+        for value in candidates:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
+        return None
+
+    def _check_rows(self) -> None:
+        rows, batch = len(self.bank.in_use), self.bank.batch
+        if rows > 1 and batch is not None and batch % rows:
+            raise AdapterMismatchError(
+                f"adapters are chosen for {rows} rows, the batch has {batch}; expected a multiple (generate repeats rows"
+                " for beams). Call model.lora.use with one name, or one for each row."
+            )
+
+    # ------------------------------------------------------------------------------------------ following the model
+
+    _peft_agrees = True
+
+    def _follow_model(self) -> None:
+        """Notice, before each call, what was changed from outside: PEFT's switches, weights that moved."""
+        if self.peft:
+            self._follow_peft()
+        store = self.bank.store
+        if store.sites:
+            module = self.root.get_submodule(store.sites[0].name)
+            weight = next(module.parameters(), None)
+            if weight is not None and weight.device != store.storage.device and weight.device.type != "meta":
+                self.bank.move(weight.device)
+                self._entry = None
+
+    def _follow_peft(self) -> None:
+        names = peft_layers.active_names(self.peft)
+        self.bank._disabled = peft_layers.disabled(self.peft)
+        state = peft_layers.fingerprint(self.peft)
+        if self._peft_state is None or state != self._peft_state[1]:
+            with self.bank._lock.writing():
+                self._repack()
+            state = peft_layers.fingerprint(self.peft)
+        if self._peft_state is None or names != self._peft_state[0]:
+            if self._peft_state is not None:
+                self.bank._chosen = None  # PEFT's set_adapter spoke last
+            self._peft_agrees = names is not None and all(name in self.bank for name in names)
+            if self._peft_agrees:
+                self.bank._fallback = (tuple((name, 1.0) for name in names),)
+            elif names is None:
+                warn_once(
+                    "lorafx: merged adapters, or layers whose active adapters differ: this model runs as PEFT computes"
+                    " it, uncompiled, until unmerge_adapter() or set_adapter() makes the layers agree."
+                )
+        self._peft_state = (names, state)
+
+    def _repack(self) -> None:
+        """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved."""
+        current = {adapter.name: adapter for adapter in peft_layers.adapters_on(self.peft)}
+        for name in [name for name in self.bank.names if name not in current]:
+            self.bank.store.clear(self.bank._slots.pop(name))
+            self.bank._routings.clear()
+        for name, adapter in current.items():
+            if name not in self.bank:
+                slot = self.bank.store.free_slot(self.bank._slots.values())
+                self.bank._slots[name] = self.bank._place(adapter, slot)
+                self.bank._routings.clear()
+            elif not self._same(name, adapter):
+                copied = copy.deepcopy(adapter)  # it may be views of the very rows that are written
+                self.bank._place(copied, self.bank._slots[name])
+        peft_layers.share_memory(self.peft, self.bank)
+
+    def _same(self, name: str, adapter: Any) -> bool:
+        """The bank's rows are this adapter's memory; scales are brought up to date on the way."""
+        held = self.bank.weights_of(name)
+        if held.sites.keys() != adapter.sites.keys():
+            return False
+        for path, site in adapter.sites.items():
+            mine = held.sites[path]
+            if mine.a.data_ptr() != site.a.data_ptr() or mine.b.data_ptr() != site.b.data_ptr():
+                return False
+        for path, site in adapter.sites.items():
+            if held.sites[path].scale != site.scale:
+                self.bank.store.set_scale(self.bank._slots[name], path, site.scale)
+        return True
+
+
+class RootCall:
+    """``model(...)``: nn.Module calls this in place of its own call, as after ``model.compile()``."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.call(args, kwargs)
+
+
+class Generate:
+    """``model.generate`` with ``adapter_names``, on a model whose own generate does not know them."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.__doc__ = type(runtime.root).generate.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.runtime.root).generate.__get__(self.runtime.root))
+
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        root = self.runtime.root
+        if adapter_names is None:
+            return type(root).generate(root, *args, **kwargs)
+        with self.runtime.selected(adapter_names, args, kwargs):
+            return type(root).generate(root, *args, **kwargs)
+
+
+def compiled_entry(root: nn.Module, backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """``root``'s call, compiled, with recompiles counted apart from every other compiled function's."""
+    extra: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+        extra = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    return torch.compile(root._call_impl, backend=backend, dynamic=dynamic, **extra)
+
+
+def runtime_of(model: nn.Module) -> Runtime | None:
+    """The runtime that ``lorafx.compile`` put on ``model``, or None."""
+    return vars(model).get("_lorafx_runtime")

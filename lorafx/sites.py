@@ -1,0 +1,86 @@
+"""An adapted layer: its own forward, then the marker. Works on any module, which stays as it is: a forward hook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.bank import AdapterBank, bank_of
+from lorafx.errors import UnsupportedModelError
+from lorafx.kernels.ops import set_site_forward
+
+
+class SiteHook:
+    """The forward hook of one adapted layer. ``key`` and ``site`` go into the marker; a new store changes both."""
+
+    def __init__(self, bank: AdapterBank, site: int) -> None:
+        self.bank = bank
+        self.key = bank.key
+        self.site = site
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.key = getattr(self.bank, "key", self.key)  # a copy's bank has a key of its own
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling():
+            return torch.ops.lorafx.site.default(output, x, self.key, self.site)
+        return apply_site(self.bank, self.site, output, x)
+
+
+def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
+    """What the routing of this call adds to ``y``, now and without a graph.
+
+    y: ``[rows, ..., out]``; x: ``[rows, ..., in]``
+    """
+    routing = bank.routing()
+    if routing.idle:
+        return y
+    if len(routing.rows) > 1 and (reason := rows_unknown(tuple(x.shape), len(routing.rows), bank.batch)):
+        raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
+    tensors = bank.store.site_tensors(site)
+    return torch.ops.lorafx.routed_lora(
+        [y],
+        x,
+        [tensors["a"]],
+        [tensors["b"]],
+        [tensors["a"].shape[0]],
+        routing.slots,
+        routing.weights,
+        routing.count,
+        tensors["owner"],
+        tensors["scale"],
+        tensors["windows"],
+        bank.lowering,
+    )[0]
+
+
+def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | None:
+    """Why the leading dimension of a layer's input can't be told to be batch rows; None if it can.
+
+    shape: of the input, ``[rows, ..., in]`` or ``[rows * tokens, in]``; rows: named; batch: of the call, if known
+    """
+    leading = shape[0] if len(shape) > 1 else 1
+    unit = batch or rows
+    if leading % unit:
+        return f"its input has leading size {leading}, which is no multiple of the batch's {unit}"
+    if len(shape) > 2 and leading != unit and shape[1] == unit:
+        return f"its input {list(shape)} looks time-major: the batch of {unit} is its second dimension"
+    return None
+
+
+def refusal(site: str, reason: str) -> str:
+    return (
+        f"{site} can't take different adapters for different rows: {reason}. Use one adapter for the whole batch"
+        " (model.lora.use(name)), or a batch of one row at a time."
+    )
+
+
+def _marker_forward(y: Tensor, x: Tensor, key: int, site: int) -> Tensor:
+    return apply_site(bank_of(key), site, y, x)
+
+
+set_site_forward(_marker_forward)

@@ -1,0 +1,52 @@
+"""The rewriting of a traced graph: find LoRA branches, mark them, group the markers, fuse the groups.
+
+One pass per file, each ``pass_(gm, context) -> int`` (what it did, counted). Matching (``find_branches``,
+``group_markers``) reads; rewriting (``mark_branches``, ``fuse_groups``) asks it and changes. Passes know nothing of
+PEFT: they see linear layers and markers.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx
+from torch._dynamo.utils import counters
+
+import lorafx.kernels  # noqa: F401  (defines the ops that the passes look for and put)
+from lorafx.passes.clean_up import clean_up
+from lorafx.passes.context import PassContext, SiteGeometry
+from lorafx.passes.fuse_groups import fuse_groups
+from lorafx.passes.mark_branches import mark_branches
+from lorafx.passes.record import FusedBranch, FusedGroup, PassRecord, count_ops
+
+log = logging.getLogger("lorafx.passes")
+
+PASSES = (
+    mark_branches,  # branches -> lorafx.branch
+    fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
+    clean_up,
+)
+
+
+def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
+    """Rewrite ``gm`` in place. Returns the record, which is ``context.record``."""
+    context.record.before = count_ops(gm.graph)
+    for pass_ in PASSES:
+        done = pass_(gm, context)
+        counters["lorafx"][pass_.__name__] += done
+        log.debug("%s: %d", pass_.__name__, done)
+    context.record.after = count_ops(gm.graph)
+    for skipped in context.record.skipped:
+        log.info("%s is left as it is: %s", skipped.name, skipped.reason)
+    return context.record
+
+
+__all__ = [
+    "FusedBranch",
+    "FusedGroup",
+    "PASSES",
+    "PassContext",
+    "PassRecord",
+    "SiteGeometry",
+    "run_passes",
+]

@@ -1,0 +1,38 @@
+"""What the passes are told besides the graph: how to lower, and where the bank keeps each site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorafx.passes.record import PassRecord
+
+
+@dataclass(frozen=True)
+class SiteGeometry:
+    """Where one adapted layer stands in the bank's flat storage and tables. Offsets are in elements."""
+
+    name: str
+    parent: str
+    in_features: int
+    out_features: int
+    capacity: int  # rank rows
+    biases: int  # LoRA bias rows, which stand after the rank rows of B
+    a_offset: int  # A: [capacity, in_features]
+    b_offset: int  # B: [capacity + biases, out_features]
+    lane: int  # first entry in the tables `owner` and `scale`: capacity + biases entries
+    column: int  # the site's column in the table of windows
+
+    @property
+    def lanes(self) -> int:
+        return self.capacity + self.biases
+
+
+@dataclass
+class PassContext:
+    """One compilation: options in, record out. ``bank_key`` is the number that this bank's markers carry."""
+
+    lowering: str = "auto"
+    bank_key: int | None = None
+    sites: Sequence[SiteGeometry] = ()
+    record: PassRecord = field(default_factory=PassRecord)

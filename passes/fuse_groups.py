@@ -1,0 +1,139 @@
+"""Replaces each group of markers by one op.
+
+    q = lorafx.site(q0, x, 1, 0)                     a = storage[A rows of q, k and v]
+    k = lorafx.site(k0, x, 1, 1)            ->       q, k, v = lorafx.routed_lora([q0, k0, v0], x, [a], [bq, bk, bv],
+    v = lorafx.site(v0, x, 1, 2)                                                  ...routing and tables...)
+
+    q = lorafx.branch(q0, x, Aq, Bq, ...)   ->       q, v = lorafx.fused_lora([q0, v0], x, [Aq, Av], [Bq, Bv], ...)
+    v = lorafx.branch(v0, x, Av, Bv, ...)
+
+Weights from the bank are constant windows of one flat storage, which is an input of the graph: edits in place are seen,
+and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from lorafx.passes.attach_inputs import attach_inputs
+from lorafx.passes.context import PassContext, SiteGeometry
+from lorafx.passes.graph_reading import example
+from lorafx.passes.group_markers import SITE, Group, group_markers
+from lorafx.passes.record import FusedBranch, FusedGroup
+
+
+def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
+    """Returns how many groups were fused. Markers of another bank stay, and run eagerly."""
+
+    def parent_of(marker: fx.Node) -> str:
+        if marker.target is SITE:
+            return context.sites[marker.args[3]].parent if marker.args[2] == context.bank_key else ""
+        return marker.meta.get("lorafx", {}).get("parent", "")
+
+    fused = 0
+    for group in group_markers(gm.graph, parent_of):
+        anchor = group.markers[0]
+        if anchor.target is SITE and anchor.args[2] != context.bank_key:
+            continue
+        for node in group.hoist:
+            anchor.prepend(node)
+        with gm.graph.inserting_before(anchor):
+            outs = _routed(gm, group, context) if anchor.target is SITE else _fused(gm, group, context)
+            outs.meta["example_value"] = [example(marker) for marker in group.markers]
+            for i, marker in enumerate(group.markers):
+                out = gm.graph.call_function(operator.getitem, (outs, i))
+                out.meta = dict(marker.meta)
+                marker.replace_all_uses_with(out)
+        for marker in group.markers:
+            gm.graph.erase_node(marker)
+        fused += 1
+    return fused
+
+
+def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
+    inputs = attach_inputs(gm)
+    # in the order of the storage, so that the A's of the group are one matrix
+    group.markers.sort(key=lambda marker: context.sites[marker.args[3]].column)
+    sites = [context.sites[marker.args[3]] for marker in group.markers]
+    adjacent = all(
+        left.a_offset + left.capacity * left.in_features == right.a_offset and left.lane + left.lanes == right.lane
+        for left, right in zip(sites, sites[1:], strict=False)
+    )
+
+    def window(name: str, offset: int, rows: int, columns: int) -> fx.Node:
+        return gm.graph.call_function(torch.as_strided, (inputs[name], (rows, columns), (columns, 1), offset))
+
+    def lanes(name: str) -> fx.Node:
+        runs = [(sites[0].lane, sum(site.lanes for site in sites))] if adjacent else [(s.lane, s.lanes) for s in sites]
+        nodes = [gm.graph.call_function(torch.narrow, (inputs[name], 0, *run)) for run in runs]
+        return nodes[0] if len(nodes) == 1 else gm.graph.call_function(torch.cat, (nodes,))
+
+    first = sites[0]
+    if adjacent:
+        a = [window("storage", first.a_offset, sum(site.capacity for site in sites), first.in_features)]
+        columns = gm.graph.call_function(torch.narrow, (inputs["windows"], 1, first.column, len(sites)))
+    else:
+        a = [window("storage", site.a_offset, site.capacity, site.in_features) for site in sites]
+        picked = [gm.graph.call_function(torch.narrow, (inputs["windows"], 1, site.column, 1)) for site in sites]
+        columns = gm.graph.call_function(torch.cat, (picked, 1))
+    b = [window("storage", site.b_offset, site.lanes, site.out_features) for site in sites]
+    x = group.x
+    _record(context, "routed_lora", first.parent, [_site_branch(site) for site in sites])
+    if (value := example(x)) is not None:
+        for site in sites:
+            context.record.shapes[site.name] = tuple(_hint(size) for size in value.shape)
+    return gm.graph.call_function(
+        torch.ops.lorafx.routed_lora.default,
+        (
+            [marker.args[0] for marker in group.markers],
+            x,
+            a,
+            b,
+            [site.capacity for site in sites],
+            inputs["slots"],
+            inputs["weights"],
+            inputs["count"],
+            lanes("owner"),
+            lanes("scale"),
+            columns,
+            context.lowering,
+        ),
+    )
+
+
+def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
+    markers = group.markers
+    branches = []
+    for marker in markers:
+        y, x = example(marker.args[0]), example(marker.args[1])
+        name = marker.meta.get("lorafx", {}).get("name", marker.name)
+        branches.append(
+            FusedBranch(name, x.shape[-1] if x is not None else None, y.shape[-1] if y is not None else None)
+        )
+    _record(context, "fused_lora", markers[0].meta.get("lorafx", {}).get("parent", ""), branches)
+    ys, _, a, b, biases, scales, scale_tensors = (list(column) for column in zip(*(m.args for m in markers)))
+    # a scale that is a number of Python (SymFloat) goes among the floats, one that is a tensor among the tensors
+    for i, node in enumerate(scale_tensors):
+        if isinstance(node, fx.Node) and example(node) is None:
+            scales[i] = gm.graph.call_function(operator.mul, (node, scales[i]))
+            scale_tensors[i] = None
+    return gm.graph.call_function(
+        torch.ops.lorafx.fused_lora.default,
+        (ys, group.x, a, b, biases, scales, scale_tensors, context.lowering),
+    )
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size that the graph was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _site_branch(site: SiteGeometry) -> FusedBranch:
+    return FusedBranch(site.name, site.in_features, site.out_features)
+
+
+def _record(context: PassContext, op: str, parent: str, branches: list[FusedBranch]) -> None:
+    context.record.groups.append(FusedGroup(parent, tuple(branches), context.lowering, op))

@@ -1,0 +1,56 @@
+"""What the passes did to one graph: plain data, for logs, for ``lorafx.explain`` and for tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from lorafx.passes.find_branches import Skipped
+
+
+@dataclass(frozen=True)
+class FusedBranch:
+    """One sibling of a fused group."""
+
+    name: str
+    in_features: int | None
+    out_features: int | None
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """One fused op: the module its siblings share, the siblings, what the op is to lower to."""
+
+    parent: str
+    branches: tuple[FusedBranch, ...]
+    lowering: str
+    op: str  # "routed_lora" or "fused_lora"
+
+
+@dataclass
+class PassRecord:
+    """Counts and reasons of one run over one graph; op counts are by name, placeholders and outputs left out."""
+
+    groups: list[FusedGroup] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    before: Counter[str] = field(default_factory=Counter)
+    after: Counter[str] = field(default_factory=Counter)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # site -> shape of its input, as traced
+
+
+def count_ops(graph: fx.Graph) -> Counter[str]:
+    """How often each op stands in ``graph``, by name."""
+    return Counter(op_name(node) for node in graph.nodes if node.op.startswith("call_"))
+
+
+def op_name(node: fx.Node) -> str:
+    """A short name for what a node calls: ``linear``, ``lorafx.routed_lora``, ``view``."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if hasattr(target, "overloadpacket"):  # an OpOverload
+        namespace, _, name = target._schema.name.partition("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))
