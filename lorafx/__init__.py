@@ -1,5 +1,12 @@
 """Run LoRA adapters, unmerged and swappable, on any PyTorch model: ``model = lorafx.compile(model, adapters)``."""
 
+from pathlib import Path
+
+# In a checkout passes/ and kernels/ stand beside this folder, not in it: installed or not, Python finds them there.
+_here = Path(__file__).parent
+if not (_here / "passes").is_dir() and (_here.parent / "passes").is_dir():
+    __path__.append(str(_here.parent))
+
 from lorafx.bank import AdapterBank
 from lorafx.compile import compile, uncompile
 from lorafx.errors import (

@@ -11,9 +11,10 @@ import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,7 +72,7 @@ class GraphRecord:
     passes: PassRecord
     seconds: float
     frame: int | None
-    parameters: frozenset[int]  # ids of the parameters it reads
+    parameters: Mapping[int, nn.Parameter]  # those it reads that are still there, by id
     before: str  # code of the graph as traced
     after: str  # and as fused
 
@@ -110,7 +111,7 @@ def compile_graph(
             record,
             time.perf_counter() - started,
             identity.frame_id if identity is not None else None,
-            frozenset(id(value) for value in inputs if isinstance(value, nn.Parameter)),
+            WeakValueDictionary({id(value): value for value in inputs if isinstance(value, nn.Parameter)}),
             traced,
             rewritten.print_readable(print_output=False),
         )
@@ -182,7 +183,7 @@ def dynamo_backend(
     options: dict[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend="lorafx")``: LoRA branches found in the graph are fused, the rest is Inductor's."""
+    """``torch.compile(model, backend="lorafx")``: LoRA branches of the graph are fused, the rest is Inductor's."""
     return compile_graph(gm, inputs, Options.parse(options, mode))
 
 

@@ -129,13 +129,13 @@ def _check_model(model: Any) -> None:
         )
     if any(module._compiled_call_impl is not None for module in (model, root)):
         raise UnsupportedModelError(
-            "this model was compiled in place (model.compile()). lorafx compiles it itself: pass it before that call, or"
+            "this model was compiled in place (model.compile()). lorafx compiles it itself: pass it uncompiled, or"
             " set model._compiled_call_impl = None."
         )
     for module in (model, root):
         if hasattr(module, "lora"):
             raise UnsupportedModelError(
-                f"{type(module).__name__} has an attribute 'lora' of its own, where lorafx puts the bank. Wrap the model"
+                f"{type(module).__name__} has an attribute 'lora' of its own, which lorafx needs. Wrap the model"
                 " in another nn.Module."
             )
 
@@ -199,7 +199,7 @@ def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> lis
     missing = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in found)]
     if missing:
         raise AdapterMismatchError(
-            f"target_modules names {missing[0]!r}, which {type(root).__name__} has no layer of; expected the last part of"
+            f"target_modules names {missing[0]!r}, which {type(root).__name__} has no layer of; expected the end of"
             " a module's path, such as 'q_proj'"
         )
     return found

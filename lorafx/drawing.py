@@ -31,7 +31,7 @@ def layer_dot(groups: Sequence[FusedGroup]) -> str:
 
 def _side(name: str, label: str, groups: Sequence[FusedGroup], draw) -> list[str]:
     lines = [f"  subgraph cluster_{name} {{", f'    label="{label}"; color="#bbbbbb";']
-    for i, group in enumerate(groups):
+    for i, group in reversed(list(enumerate(groups))):  # Graphviz draws the last one first
         lines += [f"    {line}" for line in draw(f"{name}_{i}", group)]
     return [*lines, "  }"]
 

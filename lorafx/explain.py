@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafx.backend import GraphRecord, recent
 from lorafx.errors import LorafxError
-from lorafx.passes.find_branches import Skipped
+from lorafx.passes.branch import Skipped
 from lorafx.passes.record import FusedBranch, FusedGroup
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
@@ -125,7 +125,7 @@ def explain(model: nn.Module) -> Report:
     if runtime is not None:
         return _report_of(runtime)
     mine = {id(parameter) for parameter in model.parameters()}
-    graphs = [graph for graph in recent if graph.parameters & mine]
+    graphs = [graph for graph in recent if mine.intersection(graph.parameters)]
     if not graphs:
         raise LorafxError(
             "nothing to explain: this model was not compiled by lorafx.compile, and no graph of it went through"

@@ -34,7 +34,7 @@ def fuse(
     before = fused.print_readable(print_output=False)
     record = run_passes(fused, PassContext(lowering=Options.parse(options).lowering))
     after = fused.print_readable(print_output=False)
-    return fused, report_on([GraphRecord(record, 0.0, None, frozenset(), before, after)])
+    return fused, report_on([GraphRecord(record, 0.0, None, {}, before, after)])
 
 
 def _learn_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -31,7 +31,6 @@ class AdaptedLinear(PeftLinear):
     """PEFT's LoRA layer on a linear layer, with the branch left to lorafx when it is traced."""
 
     _lorafx_bank: AdapterBank
-    _lorafx_key: int
     _lorafx_site: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +40,7 @@ class AdaptedLinear(PeftLinear):
             if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
                 return super().forward(x, *args, **kwargs)
             y = self.base_layer(x, *args, **kwargs)
-            return torch.ops.lorafx.site.default(y, x, self._lorafx_key, self._lorafx_site)
+            return torch.ops.lorafx.site.default(y, x, self._lorafx_bank.key, self._lorafx_site)
         chosen = self._lorafx_bank.chosen
         if chosen is None:
             return super().forward(x, *args, **kwargs)
@@ -151,12 +150,12 @@ def _weights(layer: PeftLinear, name: str) -> SiteWeights:
 
 def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
     layer.__class__ = AdaptedLinear
-    vars(layer).update(_lorafx_bank=bank, _lorafx_key=bank.key, _lorafx_site=site)
+    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
 
 
 def release(layer: AdaptedLinear) -> None:
     layer.__class__ = PeftLinear
-    for name in ("_lorafx_bank", "_lorafx_key", "_lorafx_site"):
+    for name in ("_lorafx_bank", "_lorafx_site"):
         vars(layer).pop(name, None)
 
 

@@ -60,7 +60,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = (
             nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty.detach()
         )
-    for attribute in ("lora", "generate"):  # what lorafx has put on the model holds the bank
+    for attribute in ("lora", "generate", "_lorafx_runtime"):  # what lorafx has put on the model holds the bank
         if attribute in vars(model):
             memo[id(vars(model)[attribute])] = None
     for module in model.modules():
@@ -221,8 +221,8 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
         if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A):
             if type(module) not in (PeftLinear, AdaptedLinear) or name in module.lora_variant:
                 raise AdapterFormatError(
-                    f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA on"
-                    " linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
+                    f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
+                    " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
                 )
             layers[path] = module
     return layers
@@ -237,7 +237,7 @@ def _fill(name: str, bare: nn.Module, layers: dict[str, PeftLinear], tensors: di
             " adapter one of another model?"
         ) from error
     unexpected = list(result.unexpected_keys)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in f"{key}."]
     if unexpected or missing:
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {type(bare).__name__}: "

@@ -50,7 +50,7 @@ class Runtime:
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_entry", "_hooks", "_forced_eager")}
+        return {k: v for k, v in vars(self).items() if k not in ("_entry", "_hooks", "_forced_eager", "graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -111,7 +111,7 @@ class Runtime:
             if path in self.peft:
                 peft_layers.adapt(self.peft[path], self.bank, site)
             elif path in have:
-                have[path].key, have[path].site = self.bank.key, site
+                have[path].site = site
             else:
                 module = self.root.get_submodule(path)
                 self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
@@ -208,8 +208,8 @@ class Runtime:
         rows, batch = len(self.bank.in_use), self.bank.batch
         if rows > 1 and batch is not None and batch % rows:
             raise AdapterMismatchError(
-                f"adapters are chosen for {rows} rows, the batch has {batch}; expected a multiple (generate repeats rows"
-                " for beams). Call model.lora.use with one name, or one for each row."
+                f"adapters are chosen for {rows} rows, the batch has {batch}; expected a multiple (generate repeats"
+                " rows for beams). Call model.lora.use with one name, or one for each row."
             )
 
     # ------------------------------------------------------------------------------------------ following the model

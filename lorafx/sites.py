@@ -13,21 +13,16 @@ from lorafx.kernels.ops import set_site_forward
 
 
 class SiteHook:
-    """The forward hook of one adapted layer. ``key`` and ``site`` go into the marker; a new store changes both."""
+    """The forward hook of one adapted layer. ``site`` is its index in the bank's store; a new store changes it."""
 
     def __init__(self, bank: AdapterBank, site: int) -> None:
         self.bank = bank
-        self.key = bank.key
         self.site = site
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.key = getattr(self.bank, "key", self.key)  # a copy's bank has a key of its own
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            return torch.ops.lorafx.site.default(output, x, self.key, self.site)
+            return torch.ops.lorafx.site.default(output, x, self.bank.key, self.site)
         return apply_site(self.bank, self.site, output, x)
 
 

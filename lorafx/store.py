@@ -274,12 +274,12 @@ class PackedStore:
 
     @property
     def reserved(self) -> int:
-        """Bytes of rank rows that no adapter has taken."""
-        item = self.storage.element_size()
-        free = 0
+        """Bytes of rank rows that no adapter has taken, and of what the tables say about them."""
+        free = lanes = 0
         for i, g in enumerate(self.geometry):
             windows = [held[self.sites[i].name] for held in self.taken if self.sites[i].name in held]
             ranks = sum(w.rank for w in windows)
             bias_rows = sum(w.bias_row >= 0 for w in windows)
             free += (g.capacity - ranks) * (g.in_features + g.out_features) + (g.biases - bias_rows) * g.out_features
-        return free * item
+            lanes += g.lanes - ranks - bias_rows
+        return free * self.storage.element_size() + lanes * (self.owner.element_size() + self.scale.element_size())

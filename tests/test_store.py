@@ -1,0 +1,126 @@
+"""The packed store: no zero stored, rows found and freed, all or nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.errors import AdapterFormatError, CapacityError
+from lorafx.store import PackedStore, Site, order_sites, plan
+
+SITES = [Site("l.q", 64, 64), Site("l.k", 64, 32), Site("l.v", 64, 32), Site("l.o", 48, 64), Site("m.up", 64, 96)]
+
+
+def adapter(name: str, ranks: dict[str, int], bias: bool = False) -> AdapterWeights:
+    shapes = {site.name: (site.in_features, site.out_features) for site in SITES}
+    return AdapterWeights(
+        name,
+        {
+            path: SiteWeights(
+                torch.randn(rank, shapes[path][0]),
+                torch.randn(shapes[path][1], rank),
+                torch.randn(shapes[path][1]) if bias else None,
+                2.0 / rank,
+            )
+            for path, rank in ranks.items()
+        },
+    )
+
+
+def store_for(*adapters: AdapterWeights, slots: int | None = None, spare: int = 0) -> PackedStore:
+    capacities = {s.name: spare + sum(a.sites[s.name].rank for a in adapters if s.name in a.sites) for s in SITES}
+    biases = {s.name: sum(a.sites[s.name].bias is not None for a in adapters if s.name in a.sites) for s in SITES}
+    store = PackedStore(SITES, capacities, biases, slots or len(adapters), torch.float32, torch.device("cpu"))
+    for slot, one in enumerate(adapters):
+        store.put(slot, one)
+    return store
+
+
+def snapshot(store: PackedStore) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in (store.storage, store.owner, store.scale, store.windows)]
+
+
+def test_siblings_stand_next_to_each_other() -> None:
+    sites = order_sites([Site("a.q", 8, 8), Site("b.q", 8, 8), Site("a.v", 8, 4), Site("a.o", 4, 8)])
+    assert [site.name for site in sites] == ["a.q", "a.v", "b.q", "a.o"]
+    q, v, *_ = plan(sites, {site.name: 3 for site in sites}, {})
+    assert v.a_offset == q.a_offset + 3 * 8
+    assert v.lane == q.lane + 3
+
+
+def test_windows_never_overlap() -> None:
+    """Every element of the storage belongs to one block at most: offsets that never advance would show here."""
+    geometry = plan(order_sites(SITES), {s.name: 1 + i for i, s in enumerate(SITES)}, {"l.q": 2})
+    taken: set[int] = set()
+    for g in geometry:
+        for start, size in ((g.a_offset, g.capacity * g.in_features), (g.b_offset, g.lanes * g.out_features)):
+            block = set(range(start, start + size))
+            assert not block & taken
+            taken |= block
+    lanes = [lane for g in geometry for lane in range(g.lane, g.lane + g.lanes)]
+    assert lanes == list(range(len(lanes)))
+
+
+def test_holds_what_was_put_and_no_zero() -> None:
+    one, two = adapter("one", {"l.q": 4, "l.v": 7}, bias=True), adapter("two", {s.name: 16 for s in SITES})
+    store = store_for(one, two)
+    for slot, held in enumerate((one, two)):
+        for path, site in held.sites.items():
+            a, b, bias = store.views(slot, path)
+            assert torch.equal(a, site.a)
+            assert torch.equal(b, site.b)
+            assert (bias is None) == (site.bias is None)
+            assert bias is None or torch.equal(bias, site.bias)
+    padding = store.storage.numel() - one.elements() - two.elements()
+    assert int((store.storage == 0).sum()) == padding
+    assert padding < 16 * 2 * len(SITES)  # alignment of blocks only, whatever the ranks
+    assert store.reserved == 0
+
+
+def test_freed_rows_are_zero_and_taken_again() -> None:
+    one, two, three = (adapter(n, {"l.q": r}) for n, r in (("one", 4), ("two", 8), ("three", 3)))
+    store = store_for(one, two)
+    store.clear(0)
+    assert store.reserved == 4 * (64 + 64) * 4
+    assert int((store.storage != 0).sum()) == two.elements()
+    assert (store.owner == 0).sum() == 0
+    store.put(0, three)
+    assert torch.equal(store.views(0, "l.q")[0], three.sites["l.q"].a)
+    assert torch.equal(store.views(1, "l.q")[1], two.sites["l.q"].b)
+
+
+def test_no_room_changes_nothing() -> None:
+    one = adapter("one", {"l.q": 4})
+    store = store_for(one, slots=2)
+    before = snapshot(store)
+    with pytest.raises(CapacityError, match="rank rows"):
+        store.put(1, adapter("two", {"l.q": 1}))
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(store), strict=True))
+
+
+def test_interrupt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = adapter("one", {"l.q": 4, "l.v": 4}), adapter("other", {"l.q": 3, "l.v": 2})
+    store = store_for(one)
+    before = snapshot(store)
+    describe, calls = PackedStore._describe, []
+
+    def interrupted(self: PackedStore, *args: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        describe(self, *args)
+
+    monkeypatch.setattr(PackedStore, "_describe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.put(0, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(store), strict=True))
+    assert store.taken[0].keys() == one.sites.keys()
+
+
+@pytest.mark.parametrize("part", ["a", "b", "bias"])
+def test_weights_that_are_not_finite_are_refused(part: str) -> None:
+    bad = adapter("bad", {"l.q": 2}, bias=True)
+    getattr(bad.sites["l.q"], part).view(-1)[-1] = float("nan")
+    with pytest.raises(AdapterFormatError, match=r"'bad'.*l\.q.*NaN"):
+        bad.check_finite()
