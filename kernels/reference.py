@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -28,7 +29,7 @@ def routed_lora(
     a_of = a if len(a) == len(caps) else a[0].split(caps)
     outs, lane = [], 0
     for i, y in enumerate(ys):
-        out = y.double()
+        out = y.to(torch.float64, copy=True)
         for row in range(x.shape[0]):
             entry = row * int(count) // x.shape[0]
             for slot, weight in zip(slots[entry].tolist(), weights[entry].double(), strict=True):

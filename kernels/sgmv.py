@@ -1,0 +1,204 @@
+"""The Triton lowering: two launches for a whole group, whatever the ranks and the adapters of the batch.
+
+    shrink    S[token, lane] = x[token] @ A[lane]                          lanes of the windows in use, no others
+    expand    out = y + sum over pairs of weight * scale * (S @ B + bias)  every sibling, every column
+
+S is float32 and lives in ``torch.empty``: a lane that the shrink did not write is not read by the expand, because both
+take the same windows. It has one lane for each rank row of the bank, so a row of the batch may use several adapters.
+Sums are float32 and their order is fixed (no atomics): same inputs, same bits.
+
+Under ``torch.compile`` on a GPU the op is a ``triton_op``, whose kernels Inductor sees. Triton's interpreter
+(``TRITON_INTERPRET=1``, CPU tensors) does not survive that, so there it is an opaque ``custom_op``.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from lorafx.errors import UnsupportedModelError
+from lorafx.kernels._expand import expand_kernel
+from lorafx.kernels._shrink import shrink_kernel
+from lorafx.kernels.schedule import schedule
+
+MAX_SIBLINGS = 4  # pointers of one launch; larger groups take further launches
+INTERPRETED = triton.knobs.runtime.interpret  # triton reads it when it decorates a kernel, so at import
+GPUS = ("cuda", "xpu")
+
+
+def routed_lora(
+    ys: list[Tensor],
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    caps: list[int],
+    slots: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    scale: Tensor,
+    windows: Tensor,
+) -> list[Tensor]:
+    """See ``ops.py`` for every argument. Returns what is to replace ``ys``, same shapes and dtypes.
+
+    float64 is not for these kernels, whose sums are float32: ``ops.py`` sends it to ATen.
+    """
+    return _on_rows(ys, x, a, b, caps, slots, weights, count, scale, windows, [], [])
+
+
+def fused_lora(
+    ys: list[Tensor],
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[float],
+    scale_tensors: list[Tensor | None],
+) -> list[Tensor]:
+    """One adapter for every row, taken as it stands in a graph: the same kernels, and no routing to build.
+
+    ys[i]: ``[..., out_i]``; x: ``[..., in]``; a[i]: ``[r_i, in]``; b[i]: ``[out_i, r_i]``; biases[i]: ``[out_i]`` or
+    None; scales: floats, each multiplied by its 0-dimensional scale_tensors[i] if there is one
+    """
+    ranks = [t.shape[0] for t in a]
+    # Where b has a bias it is copied at every call; without one this is a view.
+    rows = [t.t() if bias is None else torch.cat([t.t(), bias[None]]) for t, bias in zip(b, biases, strict=True)]
+    bias_rows = [-1 if bias is None else rank for rank, bias in zip(ranks, biases, strict=True)]
+    scale = None
+    if any(t is not None for t in scale_tensors):
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        scale = torch.stack([one if t is None else t.reshape(()).to(torch.float32) for t in scale_tensors])
+    return _on_rows(ys, x, a, rows, ranks, None, None, None, scale, None, bias_rows, scales)
+
+
+def _on_rows(ys: list[Tensor], x: Tensor, *rest: object) -> list[Tensor]:
+    """Call the op, on a device that can run it and with a batch dimension."""
+    if x.device.type not in GPUS and not INTERPRETED:
+        raise UnsupportedModelError(
+            f'lowering="triton" needs a GPU, and the model is on {x.device}: choose lowering="aten", or set '
+            "TRITON_INTERPRET=1 in the environment before Python starts to run the kernels in Triton's interpreter"
+        )
+    if x.dim() == 1:
+        return [out[0] for out in torch.ops.lorafx.sgmv([y[None] for y in ys], x[None], *rest)]
+    return torch.ops.lorafx.sgmv(ys, x, *rest)
+
+
+def _sgmv(
+    ys: list[Tensor],
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    caps: list[int],
+    slots: Tensor | None,
+    weights: Tensor | None,
+    count: Tensor | None,
+    scale: Tensor | None,
+    windows: Tensor | None,
+    bias_rows: list[int],
+    factors: list[float],
+) -> list[Tensor]:
+    """The op ``lorafx::sgmv``, for x ``[rows, ..., in]``: ``routed_lora``, or without routing (slots, weights, count
+    and windows None) adapter rows ``[0, caps[i])`` for everyone, ``bias_rows[i]`` and ``factors[i]`` with them."""
+    outs = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
+    k, row_tokens = x.shape[-1], math.prod(x.shape[1:-1])
+    tokens = x.shape[0] * row_tokens
+    if tokens == 0:
+        return outs
+    x = x.reshape(tokens, k).contiguous()
+    if len(a) == 1 and len(caps) > 1:
+        a = list(a[0].split(caps))
+    pairs = 1
+    if slots is not None:
+        slots, weights, windows, scale = (t.contiguous() for t in (slots, weights, windows, scale))
+        pairs = slots.shape[1]
+    first_scales = list(accumulate((t.shape[0] for t in b), initial=0))
+
+    for group in launch_groups(ys, a, b):
+        size = len(group)
+        own_a, own_b, own_y = [a[i].contiguous() for i in group], [b[i] for i in group], [ys[i] for i in group]
+        ranks = tuple(caps[i] for i in group)
+        *first_lanes, lanes = accumulate(ranks, initial=0)
+        widths = tuple(y.shape[-1] for y in own_y)
+        one_dtype = x.dtype == own_a[0].dtype
+        plan = schedule(
+            _known(tokens // row_tokens), _known(row_tokens), k, widths, max(ranks),
+            itemsize=x.dtype.itemsize if one_dtype else 4,
+        )  # fmt: skip
+        tiles = -(-tokens // plan.block_m)
+        scratch = torch.empty((plan.split_k, tokens, lanes), dtype=torch.float32, device=x.device)
+        absent = [None] * (MAX_SIBLINGS - size)
+        sizes = (tokens, row_tokens, tokens // row_tokens, pairs)
+        shared = {
+            "RANKS": ranks,
+            "FIRST_LANES": tuple(first_lanes),
+            "LANES": lanes,
+            "FIRST_SIBLING": group[0],
+            "WINDOW_SIBLINGS": len(caps),
+            "BLOCK_M": plan.block_m,
+            "BLOCK_R": plan.block_r,
+            "SPLIT_K": plan.split_k,
+        }
+        wrap_triton(shrink_kernel)[(tiles, size * pairs, plan.split_k)](
+            x, *own_a, *absent, scratch, slots, windows, count, *sizes,
+            K=k,
+            BLOCK_K=plan.block_k,
+            UPCAST=not one_dtype,
+            PRECISION=dot_precision(x.device, x.dtype, own_a[0].dtype),
+            num_warps=plan.num_warps,
+            **shared,
+        )  # fmt: skip
+        wrap_triton(expand_kernel)[(tiles, -(-max(widths) // plan.block_n), size)](
+            *(y.contiguous() for y in own_y), *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
+            scratch, slots, weights, windows, scale, count, *sizes,
+            WIDTHS=widths,
+            B_STRIDES_R=tuple(t.stride(0) for t in own_b),
+            B_STRIDES_N=tuple(t.stride(1) for t in own_b),
+            BIAS_ROWS=tuple(bias_rows[i] for i in group) if bias_rows else (),
+            FACTORS=tuple(factors[i] for i in group) if factors else (),
+            FIRST_SCALES=tuple(first_scales[i] for i in group),
+            BLOCK_N=plan.block_n,
+            PRECISION=dot_precision(x.device, own_b[0].dtype),
+            num_warps=plan.num_warps,
+            num_stages=1,  # most windows are one block of ranks: nothing to overlap
+            **shared,
+        )  # fmt: skip
+    return outs
+
+
+def launch_groups(ys: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[list[int]]:
+    """Which siblings go together: neighbours of one dtype, at most ``MAX_SIBLINGS``."""
+    groups: list[list[int]] = []
+    previous = None
+    for i in range(len(ys)):
+        dtypes = (ys[i].dtype, a[i].dtype, b[i].dtype)
+        if dtypes != previous or len(groups[-1]) == MAX_SIBLINGS:
+            groups.append([])
+        groups[-1].append(i)
+        previous = dtypes
+    return groups
+
+
+def dot_precision(device: torch.device, *dtypes: torch.dtype) -> str:
+    """How ``tl.dot`` takes operands raised to float32.
+
+    A 16-bit number is exact in TF32, so with one such operand three tensor-core products are as good as float32 on
+    NVIDIA. Pure float32 stays exact everywhere.
+    """
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return "tf32x3" if nvidia and any(dtype.itemsize == 2 for dtype in dtypes) else "ieee"
+
+
+def _known(size: int | torch.SymInt) -> int | None:
+    """A size as the schedule takes it: a symbol would become a guard, and a guard a recompile."""
+    return None if isinstance(size, torch.SymInt) else size
+
+
+if INTERPRETED:
+    sgmv = torch.library.custom_op("lorafx::sgmv", _sgmv, mutates_args=())
+    sgmv.register_fake(lambda ys, *_: [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys])
+else:
+    sgmv = torch.library.triton_op("lorafx::sgmv", _sgmv, mutates_args=())
