@@ -23,8 +23,8 @@ def expand_kernel(
     s_ptr,  # [SPLIT_K, tokens, LANES], what the shrink wrote
     slots_ptr,  # [entries, pairs]
     weights_ptr,  # [entries, pairs]
-    windows_ptr,  # [slots, WINDOW_SIBLINGS, 3]: first row, rank, bias row
-    scale_ptr,  # [rows of all the siblings' B]; without routing [siblings] or None
+    windows_ptr,  # [slots, siblings, 3]: first row, rank, bias row
+    scale_ptr,  # [slots, siblings]; without routing [siblings] or None
     count_ptr,  # []
     tokens,
     row_tokens,  # tokens of one row of the batch
@@ -36,11 +36,11 @@ def expand_kernel(
     RANKS: tl.constexpr,  # of each sibling, where there is no routing, and the same for the next two
     BIAS_ROWS: tl.constexpr,
     FACTORS: tl.constexpr,
-    FIRST_SCALES: tl.constexpr,  # where each sibling's entries start in scale
+    SCALE_STRIDE: tl.constexpr,  # from slot to slot
     FIRST_LANES: tl.constexpr,  # where each sibling's lanes start in s
     LANES: tl.constexpr,
     FIRST_SIBLING: tl.constexpr,  # of this launch, in windows
-    WINDOW_SIBLINGS: tl.constexpr,
+    WINDOW_STRIDE: tl.constexpr,  # from slot to slot
     BLOCK_M: tl.constexpr,  # tokens of a program; 1: sums of products, else tl.dot
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,7 +58,6 @@ def expand_kernel(
     b_ptr = pick_ptr(sibling, b0_ptr, b1_ptr, b2_ptr, b3_ptr, SIBLINGS)
     stride_r = pick(sibling, B_STRIDES_R)
     b_columns = b_ptr + n * pick(sibling, B_STRIDES_N)  # [BN]
-    first_scale = pick(sibling, FIRST_SCALES)
 
     first = tl.program_id(0) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, tokens) - 1
@@ -76,7 +75,7 @@ def expand_kernel(
         mine = (token <= last) & (entry == current)  # [BM]
         for pair in range(pairs):
             start, rank, bias_row = window_of(
-                current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_SIBLINGS, RANKS, BIAS_ROWS
+                current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_STRIDE, RANKS, BIAS_ROWS
             )
             if rank > 0:
                 part = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -111,7 +110,10 @@ def expand_kernel(
                         factor *= tl.load(scale_ptr + FIRST_SIBLING + sibling).to(tl.float32)
                 else:
                     factor = tl.load(weights_ptr + current * pairs + pair).to(tl.float32)
-                    factor *= tl.load(scale_ptr + first_scale + start).to(tl.float32)
+                    slot = tl.load(slots_ptr + current * pairs + pair)
+                    factor *= tl.load(
+                        scale_ptr + slot * SCALE_STRIDE + FIRST_SIBLING + sibling, mask=slot >= 0, other=0.0
+                    ).to(tl.float32)
                 # Selected, not multiplied by zero: a NaN of one adapter stays in the rows that use it.
                 delta += tl.where(mine[:, None], part * factor, 0.0)
 

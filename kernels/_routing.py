@@ -41,7 +41,7 @@ def entry_of(token, row_tokens, rows, count_ptr):
 
 @triton.jit
 def window_of(
-    entry, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING: tl.constexpr, WINDOW_SIBLINGS: tl.constexpr,
+    entry, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING: tl.constexpr, WINDOW_STRIDE: tl.constexpr,
     RANKS: tl.constexpr, BIAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """(first row, rank, bias row) of an entry's adapter at a sibling; rank 0 on the base model, bias row -1 if none."""
@@ -51,7 +51,7 @@ def window_of(
         bias_row = pick(sibling, BIAS_ROWS)
     else:
         slot = tl.load(slots_ptr + entry * pairs + pair)
-        window_ptr = windows_ptr + (slot * WINDOW_SIBLINGS + FIRST_SIBLING + sibling) * 3
+        window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
         start = tl.load(window_ptr, mask=slot >= 0, other=0).to(tl.int64)
         rank = tl.load(window_ptr + 1, mask=slot >= 0, other=0).to(tl.int32)
         bias_row = tl.load(window_ptr + 2, mask=slot >= 0, other=-1).to(tl.int64)

@@ -15,7 +15,7 @@ def shrink_kernel(
     a3_ptr,
     s_ptr,  # [SPLIT_K, tokens, LANES], float32; only the lanes of the windows in use are written
     slots_ptr,  # [entries, pairs]
-    windows_ptr,  # [slots, WINDOW_SIBLINGS, 3]: first row, rank, bias row
+    windows_ptr,  # [slots, siblings, 3]: first row, rank, bias row
     count_ptr,  # []
     tokens,
     row_tokens,  # tokens of one row of the batch
@@ -26,7 +26,7 @@ def shrink_kernel(
     FIRST_LANES: tl.constexpr,  # where each sibling's lanes start in s
     LANES: tl.constexpr,
     FIRST_SIBLING: tl.constexpr,  # of this launch, in windows
-    WINDOW_SIBLINGS: tl.constexpr,
+    WINDOW_STRIDE: tl.constexpr,  # from slot to slot
     BLOCK_M: tl.constexpr,  # tokens of a program; 1: sums of products, else tl.dot
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,7 +54,7 @@ def shrink_kernel(
     last_entry = entry_of(last, row_tokens, rows, count_ptr)
     for current in range(first_entry, last_entry + 1):
         start, rank, _ = window_of(
-            current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_SIBLINGS, RANKS, RANKS
+            current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_STRIDE, RANKS, RANKS
         )
         mine = (token <= last) & (entry == current)  # [BM]
         for r0 in range(0, rank, BLOCK_R):

@@ -10,6 +10,8 @@ Sums are float32 (float64 for double precision); the base output is added there 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,14 +22,32 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def row_gates(rows: int, slots: Tensor, weights: Tensor, count: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """What each rank row counts for each row of the batch: ``[rows, lanes]``, float32, zero where it is not in use.
+def row_weights(x: Tensor, slots: Tensor, weights: Tensor, count: Tensor, windows: Tensor) -> Tensor:
+    """How much of each slot each row of ``x`` takes: ``[rows, slots + 1]`` float32, the last column (no slot) zero.
 
-    rows: leading size of x; slots, weights: ``[routing rows, pairs]``; count: ``[]``; owner, scale: ``[lanes]``
+    x: ``[rows, ...]``, its sizes alone count; slots, weights: ``[entries, pairs]``; count: ``[]``; windows:
+    ``[slots, ...]``, its first size alone counts
     """
+    rows = x.shape[0] if x.dim() > 1 else 1
     entry = torch.arange(rows, device=slots.device) * count // rows  # [rows]
-    own = slots[entry].unsqueeze(-1) == owner.masked_fill(owner < 0, -2)  # [rows, pairs, lanes]; -1 is "no adapter"
-    return (own * weights[entry].unsqueeze(-1)).sum(1) * scale
+    columns = torch.arange(windows.shape[0] + 1, device=slots.device)
+    taken = slots[entry].unsqueeze(-1) == columns  # [rows, pairs, slots + 1]; -1, no adapter, equals none
+    return torch.where(taken, weights[entry].unsqueeze(-1), 0.0).sum(1)
+
+
+def lane_gates(spread: Tensor, owner: Tensor, scale: Tensor, lanes: list[int]) -> Tensor:
+    """What each rank row counts for each row of the batch: ``[rows, sum of lanes]``, zero where it is not in use.
+
+    spread: from ``row_weights``; owner: ``[sum of lanes]``; scale: ``[slots, siblings]``; lanes: of each sibling
+    """
+    slot = owner.to(torch.int64)
+    free = slot < 0
+    position = torch.arange(sum(lanes), device=owner.device)
+    sibling = torch.zeros_like(position)
+    for end in itertools.accumulate(lanes[:-1]):
+        sibling = sibling + (position >= end)
+    factor = scale[slot.clamp(min=0), sibling]  # [lanes]
+    return spread[:, torch.where(free, spread.shape[1] - 1, slot)] * torch.where(free, 0.0, factor)
 
 
 def routed_lora(
@@ -36,32 +56,35 @@ def routed_lora(
     a: list[Tensor],
     b: list[Tensor],
     caps: list[int],
-    slots: Tensor,
-    weights: Tensor,
-    count: Tensor,
     owner: Tensor,
     scale: Tensor,
+    spread: Tensor,
 ) -> list[Tensor]:
     """See ``ops.py`` for every argument. Returns what is to replace ``ys``, same shapes and dtypes."""
-    sums = accumulator(x, *ys, *a)
     if x.dim() == 1:  # no batch dimension: one row
-        outs = routed_lora([y[None] for y in ys], x[None], a, b, caps, slots, weights, count, owner, scale)
+        outs = routed_lora([y[None] for y in ys], x[None], a, b, caps, owner, scale, spread)
         return [out[0] for out in outs]
-    gates = row_gates(x.shape[0], slots, weights, count, owner, scale).to(sums)  # [rows, lanes]
-    gates = gates.reshape(x.shape[0], *[1] * (x.dim() - 2), gates.shape[-1])
+    sums = accumulator(x, *ys, *a)
+    lanes = [t.shape[0] for t in b]
+    gates = lane_gates(spread, owner, scale, lanes).to(sums)  # [rows, lanes]
+    gates = gates.reshape(x.shape[0], *[1] * (x.dim() - 2), sum(lanes))
     hidden = x.to(sums)
-    shrunk = F.linear(hidden, a[0].to(sums)) if len(a) == 1 else None  # [rows, ..., sum of caps]
-    outs, rank_row, lane = [], 0, 0
-    for i, (y, rows_b, cap) in enumerate(zip(ys, b, caps, strict=True)):
-        s = F.linear(hidden, a[i].to(sums)) if shrunk is None else shrunk[..., rank_row : rank_row + cap]
-        lanes = rows_b.shape[0]
-        gate = gates[..., lane : lane + lanes]
-        s = torch.where(gate[..., :cap] != 0, s * gate[..., :cap], 0.0)
-        if lanes > cap:  # biases: rank rows whose activation is 1
-            s = torch.cat([s, gate[..., cap:].expand(*s.shape[:-1], lanes - cap)], -1)
-        outs.append(_add_product(y, s, rows_b.to(sums)))
-        rank_row, lane = rank_row + cap, lane + lanes
-    return outs
+    if len(a) == 1 and lanes == caps:  # one GEMM and one mask for all siblings
+        shrunk = _mask(F.linear(hidden, a[0].to(sums)), gates).split(caps, -1)
+    else:
+        parts = F.linear(hidden, a[0].to(sums)).split(caps, -1) if len(a) == 1 else [None] * len(a)
+        shrunk = []
+        for part, a_i, gate, cap in zip(parts, a * (len(caps) // len(a)), gates.split(lanes, -1), caps, strict=True):
+            s = _mask(F.linear(hidden, a_i.to(sums)) if part is None else part, gate[..., :cap])
+            # biases are rank rows whose activation is 1
+            extra = gate[..., cap:].expand(*s.shape[:-1], gate.shape[-1] - cap)
+            shrunk.append(torch.cat([s, extra], -1) if extra.shape[-1] else s)
+    return [_add_product(y, s, rows_b.to(sums)) for y, s, rows_b in zip(ys, shrunk, b, strict=True)]
+
+
+def _mask(s: Tensor, gates: Tensor) -> Tensor:
+    """``s * gates``, and zero where the gate is, whatever ``s`` holds there."""
+    return torch.where(gates != 0, s * gates, 0.0)
 
 
 def fused_lora(

@@ -16,14 +16,17 @@ ranks (q 3, no v), room for 6 rank rows in q and 2 in v:
     a        [[8, 8]]                  all rank rows of A, q's six, then v's two (or one tensor for each sibling)
     b        [[6, 8], [2, 4]]          rank rows of B
     owner    [0 0 1 1 1 -1 | 0 -1]     the slot that owns a row, -1: free
-    scale    [s s t t t 0 | s 0]       the scale of that slot at that sibling
+    scale    [[s u] [t 0]]             the scale of each slot at each sibling
     windows  [2 slots, 2 siblings, 3]  (first row, rank, bias row or -1): [[0 2 -1] [0 1 -1]] [[2 3 -1] [0 0 -1]]
     slots    [[0] [-1] [1]]            routing of three rows: slot 0, base model, slot 1
     weights  [[1] [0] [1]]
     count    3                         rows in the routing; row i of x takes entry i * count // len(x)
 
 A LoRA bias (PEFT's ``lora_bias``) is a further row at the end of ``b[i]``, whose rank activation is 1 by definition; it
-has its own entries in ``owner`` and ``scale``, so these hold ``sum(len(b[i]))`` entries, sibling after sibling.
+has an entry of its own in ``owner``, which so holds ``sum(len(b[i]))`` entries, sibling after sibling.
+
+``spread`` is what ``lorafx::row_weights`` made of the routing, once for all groups of a graph; only the ATen lowering
+reads it, and makes it itself where it is not given.
 """
 
 from __future__ import annotations
@@ -44,8 +47,9 @@ _library.define(
 )
 _library.define(
     "routed_lora(Tensor[] ys, Tensor x, Tensor[] a, Tensor[] b, int[] caps, Tensor slots, Tensor weights, Tensor count,"
-    " Tensor owner, Tensor scale, Tensor windows, str lowering) -> Tensor[]"
+    " Tensor owner, Tensor scale, Tensor windows, Tensor? spread, str lowering) -> Tensor[]"
 )
+_library.define("row_weights(Tensor x, Tensor slots, Tensor weights, Tensor count, Tensor windows) -> Tensor")
 _library.define(
     "fused_lora(Tensor[] ys, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] biases, float[] scales,"
     " Tensor?[] scale_tensors, str lowering) -> Tensor[]"
@@ -73,11 +77,14 @@ def _routed_lora(
     owner: Tensor,
     scale: Tensor,
     windows: Tensor,
+    spread: Tensor | None,
     lowering: str,
 ) -> list[Tensor]:
     lowering = resolve_lowering(lowering, x, *ys, *a, *b)
     if lowering == "aten" or _needs_grad(x, *ys, *a, *b):
-        return aten.routed_lora(ys, x, a, b, caps, slots, weights, count, owner, scale)
+        if spread is None:
+            spread = aten.row_weights(x, slots, weights, count, windows)
+        return aten.routed_lora(ys, x, a, b, caps, owner, scale, spread)
     if lowering == "reference":
         return torch.ops.lorafx.routed_reference(ys, x, a, b, caps, slots, weights, count, scale, windows)
     from lorafx.kernels import sgmv  # needs Triton, which is not on every machine
@@ -106,11 +113,9 @@ def _fused_lora(
     # The reference: one adapter in slot 0, in use by every row.
     rows = [t.t() if bias is None else torch.cat([t.t(), bias[None]]) for t, bias in zip(b, biases, strict=True)]
     ranks = [t.shape[0] for t in a]
-    lanes = [
-        torch.full((len(r),), s, dtype=torch.float32, device=x.device)
-        if t is None
-        else (t.reshape(1) * s).to(torch.float32).expand(len(r))
-        for r, s, t in zip(rows, scales, scale_tensors, strict=True)
+    factors = [
+        torch.full((1,), s, dtype=torch.float32, device=x.device) if t is None else (t.reshape(1) * s).to(torch.float32)
+        for s, t in zip(scales, scale_tensors, strict=True)
     ]
     owner = torch.zeros(sum(len(r) for r in rows), dtype=torch.int32, device=x.device)
     # No torch.tensor: in a graph that is a copy from the host at every call.
@@ -119,7 +124,7 @@ def _fused_lora(
     slots = torch.zeros((1, 1), dtype=torch.int32, device=x.device)
     weights = torch.ones((1, 1), dtype=torch.float32, device=x.device)
     count = torch.ones((), dtype=torch.int64, device=x.device)
-    scale = torch.cat(lanes)
+    scale = torch.cat(factors)[None]
     dtype = a[0].dtype
     return _routed_lora(
         ys,
@@ -133,6 +138,7 @@ def _fused_lora(
         owner,
         scale,
         windows,
+        None,
         lowering,
     )
 
@@ -142,6 +148,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+_library.impl("row_weights", aten.row_weights, "CompositeImplicitAutograd")
 _library.impl("routed_lora", _routed_lora, "CompositeImplicitAutograd")
 _library.impl("fused_lora", _fused_lora, "CompositeImplicitAutograd")
 

@@ -27,7 +27,7 @@ def routed_lora(
         outs = routed_lora([y[None] for y in ys], x[None], a, b, caps, slots, weights, count, scale, windows)
         return [out[0] for out in outs]
     a_of = a if len(a) == len(caps) else a[0].split(caps)
-    outs, lane = [], 0
+    outs = []
     for i, y in enumerate(ys):
         out = y.to(torch.float64, copy=True)
         for row in range(x.shape[0]):
@@ -36,12 +36,13 @@ def routed_lora(
                 if slot < 0:
                     continue
                 start, rank, bias = windows[slot, i].tolist()
+                if rank == 0:
+                    continue
                 rows = slice(start, start + rank)
-                factor = weight * scale[lane + start].double() if rank else weight * 0
+                factor = weight * scale[slot, i].double()
                 delta = (x[row].double() @ a_of[i][rows].double().T) @ b[i][rows].double()
                 if bias >= 0:
                     delta = delta + b[i][bias].double()
                 out[row] += factor * delta
         outs.append(out.to(y.dtype))
-        lane += b[i].shape[0]
     return outs

@@ -113,9 +113,11 @@ def _sgmv(
         a = list(a[0].split(caps))
     pairs = 1
     if slots is not None:
-        slots, weights, windows, scale = (t.contiguous() for t in (slots, weights, windows, scale))
+        slots, weights = slots.contiguous(), weights.contiguous()
+        # the bank's tables come as columns of wider ones: a stride, not a copy
+        windows = windows if windows.stride()[1:] == (3, 1) else windows.contiguous()
+        scale = scale if scale.stride(1) == 1 else scale.contiguous()
         pairs = slots.shape[1]
-    first_scales = list(accumulate((t.shape[0] for t in b), initial=0))
 
     for group in launch_groups(ys, a, b):
         size = len(group)
@@ -137,7 +139,7 @@ def _sgmv(
             "FIRST_LANES": tuple(first_lanes),
             "LANES": lanes,
             "FIRST_SIBLING": group[0],
-            "WINDOW_SIBLINGS": len(caps),
+            "WINDOW_STRIDE": 0 if slots is None else windows.stride(0),
             "BLOCK_M": plan.block_m,
             "BLOCK_R": plan.block_r,
             "SPLIT_K": plan.split_k,
@@ -159,7 +161,7 @@ def _sgmv(
             B_STRIDES_N=tuple(t.stride(1) for t in own_b),
             BIAS_ROWS=tuple(bias_rows[i] for i in group) if bias_rows else (),
             FACTORS=tuple(factors[i] for i in group) if factors else (),
-            FIRST_SCALES=tuple(first_scales[i] for i in group),
+            SCALE_STRIDE=0 if slots is None else scale.stride(0),
             BLOCK_N=plan.block_n,
             PRECISION=dot_precision(x.device, own_b[0].dtype),
             num_warps=plan.num_warps,

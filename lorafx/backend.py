@@ -98,7 +98,7 @@ def compile_graph(
     mixed_refusal = _mixed_refusal(record, bank) if routed else None
     started = time.perf_counter()
     if routed:
-        inputs = [*inputs, *_extras(bank, bank.routing())]
+        inputs = [*inputs, *_static_fakes(_extras(bank, bank.routing()), inputs)]
     if options.inductor:
         from torch._inductor.compile_fx import compile_fx
 
@@ -151,6 +151,13 @@ def _extras(bank: AdapterBank, routing: Any) -> tuple[Tensor, ...]:
         routing.weights,
         routing.count,
     )
+
+
+def _static_fakes(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """What tracing is to take these for. Left as they are, their sizes would become symbols, shared with any input that
+    happens to have the same size."""
+    mode = torch._guards.detect_fake_mode(list(inputs))
+    return list(tensors) if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
 def _mixed_refusal(record: PassRecord, bank: AdapterBank) -> str | None:

@@ -93,6 +93,7 @@ class AdapterBank:
 
         AdapterMismatchError: an adapter that is not loaded
         """
+        self._follow()
         selection = self._known(normalize(choice))
         self._guard_use(selection)
         self._chosen = selection
@@ -116,10 +117,10 @@ class AdapterBank:
     @property
     def chosen(self) -> Selection | None:
         """``in_use`` where it was said through lorafx; None where PEFT's own switches decide."""
+        if self._disabled:
+            return NOTHING
         state = self._call.get()
-        if state is not None and state.selection is not None:
-            return state.selection
-        return NOTHING if self._disabled else self._chosen
+        return state.selection if state is not None and state.selection is not None else self._chosen
 
     def _known(self, selection: Selection) -> Selection:
         unknown = names_in(selection) - self._slots.keys()
@@ -175,8 +176,8 @@ class AdapterBank:
         """
         self._check_free(name)
         if self._peft is not None:
-            self._peft.load(name, source)
-            self._follow()
+            with self._changing_peft():
+                self._peft.load(name, source, self._admit)
         else:
             self.add(self._read(name, source))
 
@@ -185,12 +186,12 @@ class AdapterBank:
         if name not in self._slots:
             self._known((((name, 1.0),),))
         if self._peft is not None:
-            with self._lock.writing():
-                self._peft.replace(name, source)
-            self._follow()
+            with self._changing_peft():
+                self._peft.replace(name, source, lambda adapter: self._admit(adapter, self._slots[name]))
             return
         adapter = self._read(name, source)
         with self._lock.writing():
+            self._admit(adapter, self._slots[name])
             self._place(adapter, self._slots[name])
 
     def unload(self, name: str) -> None:
@@ -202,9 +203,8 @@ class AdapterBank:
         if name in names_in(self._chosen or self._fallback):
             raise AdapterMismatchError(f"adapter {name!r} is in use; call model.lora.use(None) or use another first")
         if self._peft is not None:
-            with self._lock.writing():
+            with self._changing_peft():
                 self._peft.unload(name)
-            self._follow()
             return
         with self._lock.writing():
             self.store.clear(self._slots[name])
@@ -215,15 +215,20 @@ class AdapterBank:
         """``load`` for an adapter that is read already."""
         self._check_free(adapter.name)
         with self._lock.writing():
-            slot = self.store.free_slot(self._slots.values())
-            if slot is None and self.max_adapters is not None:
-                raise CapacityError(
-                    f"no room for adapter {adapter.name!r}: {len(self._slots)} are loaded and max_adapters is"
-                    f" {self.max_adapters}. Unload one, or compile with a larger max_adapters."
-                )
-            slot = self._place(adapter, slot)
+            self._admit(adapter)
+            slot = self._place(adapter, self.store.free_slot(self._slots.values()))
             self._slots[adapter.name] = slot
             self._routings.clear()
+
+    @contextmanager
+    def _changing_peft(self) -> Iterator[None]:
+        """PEFT's layers change inside, and the bank after them; what ``use`` chose stays."""
+        self._follow()
+        chosen = self._chosen
+        with self._lock.writing():
+            yield
+        self._follow()
+        self._chosen = chosen
 
     def _check_free(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == "__base__":
@@ -238,7 +243,6 @@ class AdapterBank:
         if slot is not None and self.store.find_room(adapter, instead_of=slot) is not None:
             self.store.put(slot, adapter)
             return slot
-        self._refuse_rank(adapter)
         old = self.store
         store, slot = self._larger(adapter, slot)
         missing = [path for path in adapter.sites if path not in old.index]
@@ -257,8 +261,20 @@ class AdapterBank:
             raise
         return slot
 
-    def _refuse_rank(self, adapter: AdapterWeights) -> None:
-        if self.max_rank is not None and adapter.ranks and adapter.ranks[-1] > self.max_rank:
+    def _admit(self, adapter: AdapterWeights, slot: int | None = None) -> None:
+        """Nothing, where ``adapter`` fits or room may be made; ``slot``: the one that it is to replace.
+
+        CapacityError: max_adapters or max_rank says no
+        """
+        if slot is None:
+            slot = self.store.free_slot(self._slots.values())
+        if slot is None and self.max_adapters is not None:
+            raise CapacityError(
+                f"no room for adapter {adapter.name!r}: {len(self._slots)} are loaded and max_adapters is"
+                f" {self.max_adapters}. Unload one, or compile with a larger max_adapters."
+            )
+        fits = slot is not None and self.store.find_room(adapter, instead_of=slot) is not None
+        if not fits and self.max_rank is not None and adapter.ranks and adapter.ranks[-1] > self.max_rank:
             raise CapacityError(
                 f"adapter {adapter.name!r} has rank {adapter.ranks[-1]}, max_rank is {self.max_rank}."
                 " Compile with a larger max_rank."
@@ -292,9 +308,9 @@ class AdapterBank:
 
         slot = self._slots[name]
         sites = {}
-        for path, window in self.store.taken[slot].items():
-            lane = self.store.geometry[self.store.index[path]].lane + window.start
-            sites[path] = SiteWeights(*self.store.views(slot, path), float(self.store.scale[lane]))
+        scales = self.store.scale[slot].tolist()
+        for path in self.store.taken[slot]:
+            sites[path] = SiteWeights(*self.store.views(slot, path), scales[self.store.index[path]])
         return AdapterWeights(name, sites)
 
     def move(self, device: torch.device) -> None:

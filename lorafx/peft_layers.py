@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.errors import UnsupportedModelError
 from lorafx.selection import Selection
 from lorafx.sites import apply_site
 
@@ -42,8 +43,13 @@ class AdaptedLinear(PeftLinear):
             y = self.base_layer(x, *args, **kwargs)
             return torch.ops.lorafx.site.default(y, x, self._lorafx_bank.key, self._lorafx_site)
         chosen = self._lorafx_bank.chosen
-        if chosen is None:
+        if chosen is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
+        if self.merged:
+            raise UnsupportedModelError(
+                f"{', '.join(self.merged_adapters)} is merged into the base weights, which every row reads;"
+                " unmerge_adapter() before choosing adapters with model.lora.use or adapter_names."
+            )
         if needs_gradients(self):
             return self._with_gradients(chosen, x, *args, **kwargs)
         return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
@@ -200,6 +206,11 @@ def active_names(layers: dict[str, PeftLinear]) -> tuple[str, ...] | None:
             return None
         active = names
     return active or ()
+
+
+def last_set(layers: dict[str, PeftLinear]) -> object:
+    """Another object after each call of ``set_adapter``, even one that changes nothing."""
+    return next(iter(layers.values())).active_adapter
 
 
 def disabled(layers: dict[str, PeftLinear]) -> bool:

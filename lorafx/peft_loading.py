@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,17 +38,20 @@ class PeftLoader:
         for name in names:
             self.model.delete_adapter(name)
 
-    def load(self, name: str, source: Any) -> None:
+    def load(self, name: str, source: Any, admit: Callable[[AdapterWeights], None] = lambda adapter: None) -> None:
+        """``admit`` raises for an adapter that must not be added; then nothing was."""
         self._check_is_peft_model()
         if name in self.model.peft_config:
             raise AdapterMismatchError(f"the PeftModel has an adapter {name!r} already; choose another name")
         config, weights = self._read(name, source)
+        admit(weights)
         self._add(name, config, weights)
 
-    def replace(self, name: str, source: Any) -> None:
+    def replace(self, name: str, source: Any, admit: Callable[[AdapterWeights], None]) -> None:
         """The new adapter is read and checked before the old one goes; what was active stays active."""
         self._check_is_peft_model()
         config, weights = self._read(name, source)
+        admit(weights)
         active = list(self.model.active_adapters)
         self.model.delete_adapter(name)
         self._add(name, config, weights)
@@ -71,6 +74,7 @@ class PeftLoader:
             self.model.add_adapter(name, config)
             for path, site in weights.sites.items():
                 layer = self.root.get_submodule(path)
+                layer.lora_dropout[name].train(layer.training)  # PEFT makes it in training mode
                 layer.lora_A[name].weight.copy_(site.a)
                 layer.lora_B[name].weight.copy_(site.b)
                 if site.bias is not None:

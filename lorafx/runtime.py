@@ -72,6 +72,7 @@ class Runtime:
         tuner = peft_layers.tuner_of(self.model)
         if tuner is not None:
             vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
+        self._follow_model()
 
     def remove(self) -> None:
         """Take everything off again."""
@@ -143,6 +144,7 @@ class Runtime:
 
         AdapterMismatchError: an unknown name, or not one name for each row
         """
+        self._follow_model()
         selection = self.bank._known(normalize(names))
         self._guard_use(selection)
         batch = self.batch_of(args, kwargs or {})
@@ -211,6 +213,7 @@ class Runtime:
                 f"adapters are chosen for {rows} rows, the batch has {batch}; expected a multiple (generate repeats"
                 " rows for beams). Call model.lora.use with one name, or one for each row."
             )
+        self.bank.routing()  # what it refuses is refused here: Dynamo wraps what is raised while it traces
 
     # ------------------------------------------------------------------------------------------ following the model
 
@@ -229,16 +232,16 @@ class Runtime:
                 self._entry = None
 
     def _follow_peft(self) -> None:
-        names = peft_layers.active_names(self.peft)
+        names, spoken = peft_layers.active_names(self.peft), peft_layers.last_set(self.peft)
         self.bank._disabled = peft_layers.disabled(self.peft)
         state = peft_layers.fingerprint(self.peft)
         if self._peft_state is None or state != self._peft_state[1]:
             with self.bank._lock.writing():
                 self._repack()
             state = peft_layers.fingerprint(self.peft)
+        if self._peft_state is not None and spoken is not self._peft_state[2]:
+            self.bank._chosen = None  # PEFT's set_adapter spoke last
         if self._peft_state is None or names != self._peft_state[0]:
-            if self._peft_state is not None:
-                self.bank._chosen = None  # PEFT's set_adapter spoke last
             self._peft_agrees = names is not None and all(name in self.bank for name in names)
             if self._peft_agrees:
                 self.bank._fallback = (tuple((name, 1.0) for name in names),)
@@ -247,7 +250,7 @@ class Runtime:
                     "lorafx: merged adapters, or layers whose active adapters differ: this model runs as PEFT computes"
                     " it, uncompiled, until unmerge_adapter() or set_adapter() makes the layers agree."
                 )
-        self._peft_state = (names, state)
+        self._peft_state = (names, state, spoken)
 
     def _repack(self) -> None:
         """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved."""

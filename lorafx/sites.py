@@ -49,6 +49,7 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
         tensors["owner"],
         tensors["scale"],
         tensors["windows"],
+        None,
         bank.lowering,
     )[0]
 

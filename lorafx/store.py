@@ -92,8 +92,8 @@ def plan(sites: Sequence[Site], capacities: Mapping[str, int], biases: Mapping[s
 class PackedStore:
     """Rank rows for ``slots`` adapters over fixed sites. Not thread-safe: the bank sees to that.
 
-    storage: flat, the bank's dtype; owner ``[lanes]`` int32, scale ``[lanes]`` float32,
-    windows ``[slots, sites, 3]`` int32 (first row, rank, bias row)
+    storage: flat, the bank's dtype; owner ``[lanes]``, windows ``[slots, sites, 3]`` (first row, rank, bias row), both
+    int16 where that is enough; scale ``[slots, sites]`` float32
     """
 
     def __init__(
@@ -113,9 +113,11 @@ class PackedStore:
         size = last.b_offset + last.lanes * last.out_features if last else 0
         lanes = last.lane + last.lanes if last else 0
         self.storage = torch.zeros(size, dtype=dtype, device=device)
-        self.owner = torch.full((lanes,), -1, dtype=torch.int32, device=device)
-        self.scale = torch.zeros(lanes, dtype=torch.float32, device=device)
-        self.windows = torch.zeros((slots, len(self.sites), 3), dtype=torch.int32, device=device)
+        small = max([slots, *(g.lanes for g in self.geometry)]) <= torch.iinfo(torch.int16).max
+        whole = torch.int16 if small else torch.int32
+        self.owner = torch.full((lanes,), -1, dtype=whole, device=device)
+        self.scale = torch.zeros((slots, len(self.sites)), dtype=torch.float32, device=device)
+        self.windows = torch.zeros((slots, len(self.sites), 3), dtype=whole, device=device)
         self.windows[..., 2] = -1
         self.taken: list[dict[str, Window]] = [{} for _ in range(slots)]  # by slot, by site
 
@@ -212,16 +214,15 @@ class PackedStore:
             geometry = self.geometry[self.index[path]]
             for first, count in self._lanes(geometry, window):
                 self.owner[first : first + count] = -1
-                self.scale[first : first + count] = 0
-        self.windows[slot] = torch.tensor([0, 0, -1], dtype=torch.int32)
+        self.scale[slot] = 0
+        self.windows[slot] = torch.tensor([0, 0, -1])
 
     def _describe(self, slot: int, path: str, window: Window, scale: float) -> None:
         geometry = self.geometry[self.index[path]]
         for first, count in self._lanes(geometry, window):
             self.owner[first : first + count] = slot
-            self.scale[first : first + count] = scale
-        entry = torch.tensor([window.start, window.rank, window.bias_row], dtype=torch.int32)
-        self.windows[slot, geometry.column] = entry
+        self.scale[slot, geometry.column] = scale
+        self.windows[slot, geometry.column] = torch.tensor([window.start, window.rank, window.bias_row])
 
     @staticmethod
     def _lanes(geometry: SiteGeometry, window: Window) -> list[tuple[int, int]]:
@@ -263,7 +264,7 @@ class PackedStore:
             "a": self.storage[g.a_offset :][: g.capacity * g.in_features].view(g.capacity, g.in_features),
             "b": self.storage[g.b_offset :][: g.lanes * g.out_features].view(g.lanes, g.out_features),
             "owner": self.owner[lanes],
-            "scale": self.scale[lanes],
+            "scale": self.scale[:, g.column : g.column + 1],
             "windows": self.windows[:, g.column : g.column + 1],
         }
 
@@ -274,7 +275,7 @@ class PackedStore:
 
     @property
     def reserved(self) -> int:
-        """Bytes of rank rows that no adapter has taken, and of what the tables say about them."""
+        """Bytes of rank rows and slots that no adapter has taken, and of their entries in the tables."""
         free = lanes = 0
         for i, g in enumerate(self.geometry):
             windows = [held[self.sites[i].name] for held in self.taken if self.sites[i].name in held]
@@ -282,4 +283,6 @@ class PackedStore:
             bias_rows = sum(w.bias_row >= 0 for w in windows)
             free += (g.capacity - ranks) * (g.in_features + g.out_features) + (g.biases - bias_rows) * g.out_features
             lanes += g.lanes - ranks - bias_rows
-        return free * self.storage.element_size() + lanes * (self.owner.element_size() + self.scale.element_size())
+        tables = self.scale.element_size() + 3 * self.windows.element_size()
+        empty = sum(not held for held in self.taken) * len(self.sites)
+        return free * self.storage.element_size() + lanes * self.owner.element_size() + empty * tables

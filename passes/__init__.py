@@ -12,18 +12,20 @@ import logging
 from torch import fx
 from torch._dynamo.utils import counters
 
-import lorafx.kernels  # noqa: F401  (defines the ops that the passes look for and put)
+import lorafx.kernels.ops  # noqa: F401  (defines the ops that the passes look for and put)
 from lorafx.passes.clean_up import clean_up
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import FusedBranch, FusedGroup, PassRecord, count_ops
+from lorafx.passes.share_routing import share_routing
 
 log = logging.getLogger("lorafx.passes")
 
 PASSES = (
     mark_branches,  # branches -> lorafx.branch
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
+    share_routing,  # one lorafx.row_weights for all groups
     clean_up,
 )
 

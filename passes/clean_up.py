@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from lorafx.passes.graph_reading import (
     CAST_FUNCTIONS,
     CAST_METHODS,
+    COPY_FUNCTIONS,
+    COPY_METHODS,
+    DIV,
+    DIV_METHODS,
     DROPOUT,
-    LINEAR,
-    MATMUL,
+    DROPOUT_MODULES,
     MUL,
-    TRANSPOSE,
+    MUL_METHODS,
     VIEW_FUNCTIONS,
     VIEW_METHODS,
-    is_in_place,
+    dropout_state,
+    module_of,
 )
+from lorafx.passes.linear_layers import (
+    ADDMM,
+    LINEAR,
+    MATMUL,
+    MATMUL_METHODS,
+    PERMUTE,
+    TRANSPOSE,
+    TRANSPOSE_METHODS,
+)
+from lorafx.passes.memory import is_in_place
 
 # What branches are made of. Nothing else is removed: a call that has no users may be there for what it does.
-PURE_FUNCTIONS = (
-    LINEAR | MATMUL | MUL | DROPOUT | TRANSPOSE | CAST_FUNCTIONS | VIEW_FUNCTIONS | {operator.getitem, getattr}
-)
-PURE_METHODS = CAST_METHODS | VIEW_METHODS | {"t", "transpose", "permute", "mul", "matmul", "mm"}
+PURE_FUNCTIONS = LINEAR | MATMUL | ADDMM | MUL | DIV | DROPOUT | TRANSPOSE | PERMUTE | {operator.getitem, getattr}
+PURE_FUNCTIONS |= CAST_FUNCTIONS | COPY_FUNCTIONS | VIEW_FUNCTIONS | {torch.permute}
+PURE_METHODS = CAST_METHODS | COPY_METHODS | VIEW_METHODS | TRANSPOSE_METHODS | MUL_METHODS | DIV_METHODS
+PURE_METHODS |= MATMUL_METHODS | {"permute", "addmm"}
+PURE_MODULES = (nn.Linear, nn.Identity, *DROPOUT_MODULES)
 
 
 def clean_up(gm: fx.GraphModule, context: object = None) -> int:
@@ -38,13 +54,9 @@ def clean_up(gm: fx.GraphModule, context: object = None) -> int:
 def _is_removable(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
-    if node.op == "call_module":
-        return not node.is_impure() and not _may_change_state(gm, node)
-    if is_in_place(node):
+    if is_in_place(node) or dropout_state(gm, node) == "active":  # a draw moves all later ones
         return False
+    if node.op == "call_module":
+        module = module_of(gm, node)
+        return type(module) in PURE_MODULES and not module._forward_hooks and not module._forward_pre_hooks
     return node.target in (PURE_FUNCTIONS if node.op == "call_function" else PURE_METHODS)
-
-
-def _may_change_state(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Modules with buffers (batch norm) may count calls."""
-    return any(True for _ in gm.get_submodule(str(node.target)).buffers())

@@ -20,8 +20,8 @@ class SiteGeometry:
     biases: int  # LoRA bias rows, which stand after the rank rows of B
     a_offset: int  # A: [capacity, in_features]
     b_offset: int  # B: [capacity + biases, out_features]
-    lane: int  # first entry in the tables `owner` and `scale`: capacity + biases entries
-    column: int  # the site's column in the table of windows
+    lane: int  # first entry in the table `owner`: capacity + biases entries
+    column: int  # the site's column in the tables of windows and scales
 
     @property
     def lanes(self) -> int:

@@ -13,6 +13,7 @@ and nothing is copied.
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx
 
 from lorafx.passes.attach_inputs import attach_inputs
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import example
+from lorafx.passes.graph_reading import KEPT_META, example
 from lorafx.passes.group_markers import SITE, Group, group_markers
 from lorafx.passes.record import FusedBranch, FusedGroup
 
@@ -31,17 +32,19 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
     def parent_of(marker: fx.Node) -> str:
         if marker.target is SITE:
             return context.sites[marker.args[3]].parent if marker.args[2] == context.bank_key else ""
-        return marker.meta.get("lorafx", {}).get("parent", "")
+        return marker.meta["lorafx"]["parent"]
 
     fused = 0
-    for group in group_markers(gm.graph, parent_of):
-        anchor = group.markers[0]
+    for group in group_markers(gm, parent_of):
+        anchor = group.anchor
         if anchor.target is SITE and anchor.args[2] != context.bank_key:
             continue
         for node in group.hoist:
-            anchor.prepend(node)
+            if anchor < node:  # not there yet, for another group
+                anchor.prepend(node)
         with gm.graph.inserting_before(anchor):
             outs = _routed(gm, group, context) if anchor.target is SITE else _fused(gm, group, context)
+            outs.meta = {key: value for key, value in anchor.meta.items() if key in KEPT_META}
             outs.meta["example_value"] = [example(marker) for marker in group.markers]
             for i, marker in enumerate(group.markers):
                 out = gm.graph.call_function(operator.getitem, (outs, i))
@@ -59,27 +62,29 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     group.markers.sort(key=lambda marker: context.sites[marker.args[3]].column)
     sites = [context.sites[marker.args[3]] for marker in group.markers]
     adjacent = all(
-        left.a_offset + left.capacity * left.in_features == right.a_offset and left.lane + left.lanes == right.lane
-        for left, right in zip(sites, sites[1:], strict=False)
+        left.a_offset + left.capacity * left.in_features == right.a_offset
+        and left.lane + left.lanes == right.lane
+        and left.column + 1 == right.column
+        for left, right in itertools.pairwise(sites)
     )
 
     def window(name: str, offset: int, rows: int, columns: int) -> fx.Node:
         return gm.graph.call_function(torch.as_strided, (inputs[name], (rows, columns), (columns, 1), offset))
 
-    def lanes(name: str) -> fx.Node:
-        runs = [(sites[0].lane, sum(site.lanes for site in sites))] if adjacent else [(s.lane, s.lanes) for s in sites]
-        nodes = [gm.graph.call_function(torch.narrow, (inputs[name], 0, *run)) for run in runs]
-        return nodes[0] if len(nodes) == 1 else gm.graph.call_function(torch.cat, (nodes,))
+    def part(name: str, dim: int, runs: list[tuple[int, int]]) -> fx.Node:
+        """These runs (start, length) of a table, as one tensor."""
+        if adjacent:
+            runs = [(runs[0][0], sum(length for _, length in runs))]
+        nodes = [gm.graph.call_function(torch.narrow, (inputs[name], dim, *run)) for run in runs]
+        return nodes[0] if len(nodes) == 1 else gm.graph.call_function(torch.cat, (nodes, dim))
 
     first = sites[0]
     if adjacent:
         a = [window("storage", first.a_offset, sum(site.capacity for site in sites), first.in_features)]
-        columns = gm.graph.call_function(torch.narrow, (inputs["windows"], 1, first.column, len(sites)))
     else:
         a = [window("storage", site.a_offset, site.capacity, site.in_features) for site in sites]
-        picked = [gm.graph.call_function(torch.narrow, (inputs["windows"], 1, site.column, 1)) for site in sites]
-        columns = gm.graph.call_function(torch.cat, (picked, 1))
     b = [window("storage", site.b_offset, site.lanes, site.out_features) for site in sites]
+    columns = [(site.column, 1) for site in sites]
     x = group.x
     _record(context, "routed_lora", first.parent, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
@@ -96,9 +101,10 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
             inputs["slots"],
             inputs["weights"],
             inputs["count"],
-            lanes("owner"),
-            lanes("scale"),
-            columns,
+            part("owner", 0, [(site.lane, site.lanes) for site in sites]),
+            part("scale", 1, columns),
+            part("windows", 1, columns),
+            None,
             context.lowering,
         ),
     )
@@ -106,15 +112,11 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
 
 def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     markers = group.markers
-    branches = []
-    for marker in markers:
-        y, x = example(marker.args[0]), example(marker.args[1])
-        name = marker.meta.get("lorafx", {}).get("name", marker.name)
-        branches.append(
-            FusedBranch(name, x.shape[-1] if x is not None else None, y.shape[-1] if y is not None else None)
-        )
-    _record(context, "fused_lora", markers[0].meta.get("lorafx", {}).get("parent", ""), branches)
-    ys, _, a, b, biases, scales, scale_tensors = (list(column) for column in zip(*(m.args for m in markers)))
+    told = [marker.meta["lorafx"] for marker in markers]
+    branches = [FusedBranch(one["name"], one["in_features"], one["out_features"]) for one in told]
+    _record(context, "fused_lora", told[0]["parent"], branches)
+    columns = zip(*(marker.args for marker in markers), strict=True)
+    ys, _, a, b, biases, scales, scale_tensors = (list(column) for column in columns)
     # a scale that is a number of Python (SymFloat) goes among the floats, one that is a tensor among the tensors
     for i, node in enumerate(scale_tensors):
         if isinstance(node, fx.Node) and example(node) is None:

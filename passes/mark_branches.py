@@ -1,60 +1,93 @@
 """Replaces each branch that ``find_branches`` found by one marker.
 
-s = linear(x, A); d = linear(s, B); out = y + d * 2.0
-->
-out = lorafx.branch(y, x, A, B, None, 2.0, None)
+    s = linear(x, A)
+    d = linear(s, B)                ->      out = lorafx.branch(y, x, A, B, None, 2.0, None)
+    out = y + d * 2.0
+
+A bf16 base under a float32 adapter: the sum is float32 and cast back, which the marker does by itself.
+
+    out = y + linear(linear(x.float(), A), B) * 2.0
+    z = out.to(bfloat16)            ->      z = lorafx.branch(y, x, A, B, None, 2.0, None)
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
 
+from lorafx.passes.branch import Branch
 from lorafx.passes.context import PassContext
-from lorafx.passes.find_branches import Branch, Skipped, _name, clean_path, find_branches
-from lorafx.passes.graph_reading import Weight, example, is_cast
+from lorafx.passes.find_branches import find_branches
+from lorafx.passes.graph_reading import KEPT_META, example, is_cast
+from lorafx.passes.linear_layers import Weight
+from lorafx.passes.naming import layer_name, module_path
 
 
 def mark_branches(gm: fx.GraphModule, context: PassContext) -> int:
     """Returns how many markers were put; what was refused goes to the record."""
     found = find_branches(gm)
     context.record.skipped += found.skipped
+    named = _names(gm, found.branches)
     replaced: dict[fx.Node, fx.Node] = {}
-    for branch in found.branches:
-        _mark(gm, branch, replaced, context)
+    for branch, meta in zip(found.branches, named, strict=True):
+        _mark(gm, branch, replaced).meta["lorafx"] = meta
     return len(found.branches)
 
 
-def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node], context: PassContext) -> None:
-    out, y = branch.out, replaced.get(branch.y, branch.y)
+def _names(gm: fx.GraphModule, branches: Sequence[Branch]) -> list[dict[str, Any]]:
+    """Name, parent and widths of every branch.
+
+    Where a module's forward adds branches to several layers, it is what these have in common. Where it adds to one, it
+    is an adapted layer itself, and its parent is.
+    """
+    layers: dict[str, set[fx.Node]] = defaultdict(set)
+    for branch in branches:
+        layers[module_path(branch.out)].add(branch.base)
+    named = []
+    for branch in branches:
+        module = module_path(branch.out)
+        parent = module if len(layers[module]) > 1 else module.rpartition(".")[0]
+        widths = {"in_features": branch.a.in_features, "out_features": branch.b.out_features}
+        named.append({"name": layer_name(gm, branch.base), "parent": parent, **widths})
+    return named
+
+
+def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    out, y, x = branch.out, replaced.get(branch.y, branch.y), replaced.get(branch.x, branch.x)
     with gm.graph.inserting_before(out):
         promoted = _promotion(branch.y, out)
-        casts_back = promoted is not None and all(_casts_to(user, example(branch.y).dtype) for user in out.users)
+        casts_back = promoted is not None and all(_casts_to(user, out, example(branch.y).dtype) for user in out.users)
         if promoted is not None and not casts_back:
             y = gm.graph.call_method("to", (y, promoted))
+        scale = branch.scale_node
+        if (value := example(scale)) is not None and value.dim() > 0:
+            scale = gm.graph.call_method("reshape", (scale, ()))
+            scale.meta["example_value"] = value.reshape(())
         marker = gm.graph.call_function(
             torch.ops.lorafx.branch.default,
             (
                 y,
-                branch.x,
+                x,
                 _matrix(gm, branch.a),
                 _matrix(gm, branch.b),
                 _matrix(gm, branch.bias) if branch.bias else None,
                 branch.scale,
-                branch.scale_node,
+                scale,
             ),
         )
-    marker.meta = {key: value for key, value in out.meta.items() if key in ("stack_trace", "nn_module_stack")}
+    marker.meta = {key: value for key, value in out.meta.items() if key in KEPT_META}
     value = example(branch.y) if promoted is None or casts_back else example(out)
     if value is not None:
         marker.meta["example_value"] = value
-    marker.meta["lorafx"] = {"name": _name(branch.base), "parent": _parent(branch.base)}
-    for user in list(out.users) if casts_back else []:
-        user.replace_all_uses_with(marker)
-        gm.graph.erase_node(user)
-    out.replace_all_uses_with(marker)
-    gm.graph.erase_node(out)  # an in-place sum would survive dead code elimination
-    replaced[out] = marker
+    for node in [*(out.users if casts_back else ()), out]:
+        node.replace_all_uses_with(marker)
+        gm.graph.erase_node(node)  # an in-place sum would survive dead code elimination
+        replaced[node] = marker
+    return marker
 
 
 def _promotion(y: fx.Node, out: fx.Node) -> torch.dtype | None:
@@ -63,25 +96,12 @@ def _promotion(y: fx.Node, out: fx.Node) -> torch.dtype | None:
     return after.dtype if before is not None and after is not None and before.dtype != after.dtype else None
 
 
-def _casts_to(node: fx.Node, dtype: torch.dtype) -> bool:
+def _casts_to(node: fx.Node, source: fx.Node, dtype: torch.dtype) -> bool:
     value = example(node)
-    return is_cast(node) and value is not None and value.dtype == dtype
+    return is_cast(node) and node.args[0] is source and value is not None and value.dtype == dtype
 
 
 def _matrix(gm: fx.GraphModule, weight: Weight) -> fx.Node:
     """The weight as a node that holds ``[out, in]``."""
     node = weight.node if weight.attr is None else gm.graph.get_attr(weight.attr)
     return gm.graph.call_method("t", (node,)) if weight.transposed else node
-
-
-def _parent(base: fx.Node) -> str:
-    """The path of the module that holds the adapted layer: siblings share it."""
-    name = _name(base)
-    if base.op != "call_module" and not base.meta.get("nn_module_stack"):
-        return ""
-    stack = [clean_path(path) for path, _ in (base.meta.get("nn_module_stack") or {}).values()]
-    # hand-written LoRA computes base and branch in one module: then that module is the parent already
-    return name.rpartition(".")[0] if base.op == "call_module" or (stack and stack[-1] == name) else name
-
-
-__all__ = ["Skipped", "mark_branches"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from lorafx.passes.find_branches import Skipped
+from lorafx.passes.branch import Skipped
 
 
 @dataclass(frozen=True)

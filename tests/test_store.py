@@ -82,7 +82,8 @@ def test_freed_rows_are_zero_and_taken_again() -> None:
     one, two, three = (adapter(n, {"l.q": r}) for n, r in (("one", 4), ("two", 8), ("three", 3)))
     store = store_for(one, two)
     store.clear(0)
-    assert store.reserved == 4 * (64 + 64) * 4
+    # its rows in float32, their owners, and its slot's windows and scales
+    assert store.reserved == 4 * (64 + 64) * 4 + 4 * 2 + len(SITES) * (3 * 2 + 4)
     assert int((store.storage != 0).sum()) == two.elements()
     assert (store.owner == 0).sum() == 0
     store.put(0, three)

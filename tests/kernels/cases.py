@@ -60,7 +60,7 @@ class Case:
         return tuple(vars(self).values())
 
     def run(self, lowering: str) -> list[Tensor]:
-        return torch.ops.lorafx.routed_lora(*self.args(), lowering)
+        return torch.ops.lorafx.routed_lora(*self.args(), None, lowering)
 
     def expected(self) -> list[Tensor]:
         """``y + delta`` in float64, rounded nowhere."""
@@ -100,14 +100,14 @@ def make_case(
     used = {slot for entry in entries for slot, _ in entry}
     windows = torch.zeros(4, len(ranks), 3, dtype=torch.int32)
     windows[..., 2] = -1
-    a, b, caps, owner, scale = [], [], [], [], []
+    scale = torch.full((4, len(ranks)), torch.nan if poison == "all" else 0.0)
+    a, b, caps, owner = [], [], [], []
     for i, width in enumerate(widths):
         # One free row before each window, and one at the end: a wrong offset meets it.
         cap = sum(adapters[slot][i] + 1 for slot in adapters) + 1
         lanes = cap + (len(adapters) + 1 if bias else 0)
         a_i, b_i = randn(cap, k) / k**0.5, randn(lanes, width)
         own, live = torch.full((lanes,), -1), torch.zeros(lanes, dtype=torch.bool)
-        scale_i = torch.zeros(lanes)
         start = 0
         for j, slot in enumerate(adapters):
             start, rank = start + 1, adapters[slot][i]
@@ -116,18 +116,19 @@ def make_case(
                 rows.append(cap + j)
             windows[slot, i] = torch.tensor([start, rank, rows[-1] if bias and rank else -1])
             b_i[rows] /= max(rank, 1) ** 0.5
-            own[rows], scale_i[rows], live[rows] = slot, 0.5 + slot - 0.25 * i, slot in used
+            own[rows], live[rows] = slot, slot in used
+            if rank and (slot in used or poison != "all"):
+                scale[slot, i] = 0.5 + slot - 0.25 * i
             start += rank
         dead, free = ~live, own < 0
         if poison == "all":
-            a_i[dead[:cap]], b_i[dead], scale_i[dead] = torch.nan, torch.nan, torch.nan
+            a_i[dead[:cap]], b_i[dead] = torch.nan, torch.nan
         else:
             a_i[free[:cap]], b_i[free] = torch.nan if poison == "free_a" else 0.0, 0.0
         a.append(a_i.to(adapter_dtype))
         b.append(b_i.to(adapter_dtype))
         caps.append(cap)
         owner.append(own.to(torch.int32))
-        scale.append(scale_i)
 
     pairs = max(1, *(len(entry) for entry in entries))
     # One entry more than count: routing buffers may be larger than the batch.
@@ -148,7 +149,7 @@ def make_case(
         weights=weights,
         count=torch.tensor(len(entries)),
         owner=torch.cat(owner),
-        scale=torch.cat(scale),
+        scale=scale,
         windows=windows,
     )
 

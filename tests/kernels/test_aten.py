@@ -78,7 +78,9 @@ def test_neighbours_do_not_matter():
 
 def test_compiled_without_recompiling_for_other_routing():
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(lambda *args: torch.ops.lorafx.routed_lora(*args, "aten"), fullgraph=True, backend=counter)
+    compiled = torch.compile(
+        lambda *args: torch.ops.lorafx.routed_lora(*args, None, "aten"), fullgraph=True, backend=counter
+    )
     for entries in (MIXED, MIXED[::-1], [BASE] * 3):
         case = make_case(entries=entries, poison="free_a")
         assert_delta(case, compiled(*case.args()))
@@ -91,7 +93,7 @@ def test_routed_gradients():
 
     def run(y0, y1, x, a, b0, b1):
         rest = (case.caps, case.slots, case.weights, case.count, case.owner, case.scale, case.windows)
-        return torch.ops.lorafx.routed_lora([y0, y1], x, [a], [b0, b1], *rest, "aten")
+        return torch.ops.lorafx.routed_lora([y0, y1], x, [a], [b0, b1], *rest, None, "aten")
 
     assert torch.autograd.gradcheck(run, inputs)
 

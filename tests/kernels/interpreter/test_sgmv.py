@@ -187,7 +187,7 @@ def test_routing_in_place_is_seen():
 
 def test_compiled_is_one_opaque_op():
     case = make_case()
-    compiled = torch.compile(lambda *args: torch.ops.lorafx.routed_lora(*args, "triton"), fullgraph=True)
+    compiled = torch.compile(lambda *args: torch.ops.lorafx.routed_lora(*args, None, "triton"), fullgraph=True)
     for out, eager in zip(compiled(*case.args()), case.run("triton"), strict=True):
         assert torch.equal(out, eager)
 
