@@ -23,7 +23,7 @@ from lorafx.bank import AdapterBank
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels.ops import LOWERINGS
 from lorafx.passes import PassContext, PassRecord, run_passes
-from lorafx.passes.attach_inputs import has_routed_inputs
+from lorafx.passes.attach_inputs import ROUTING, routed_inputs
 from lorafx.sites import refusal, rows_unknown
 
 log = logging.getLogger("lorafx")
@@ -94,11 +94,13 @@ def compile_graph(
     rewritten = _copy_graph(gm)
     traced = gm.print_readable(print_output=False)
     record = run_passes(rewritten, context)
-    routed = has_routed_inputs(rewritten)
+    routed = routed_inputs(rewritten)
+    held = [bank.store.table(*vars(wanted).values()) for wanted in routed[len(ROUTING) :]]
     mixed_refusal = _mixed_refusal(record, bank) if routed else None
     started = time.perf_counter()
     if routed:
-        inputs = [*inputs, *_static_fakes(_extras(bank, bank.routing()), inputs)]
+        routing = bank.routing()
+        inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
     if options.inductor:
         from torch._inductor.compile_fx import compile_fx
 
@@ -122,10 +124,13 @@ def compile_graph(
         len(record.skipped),
         time.perf_counter() - started,
     )
-    return _with_extras(compiled, bank, mixed_refusal) if routed else compiled
+    return _with_extras(compiled, bank, held, mixed_refusal) if routed else compiled
 
 
-def _with_extras(compiled: Callable[..., Any], bank: AdapterBank, mixed_refusal: str | None) -> Callable[..., Any]:
+def _with_extras(
+    compiled: Callable[..., Any], bank: AdapterBank, held: list[Tensor], mixed_refusal: str | None
+) -> Callable[..., Any]:
+    """Append the routing of each call, and ``held``: tensors of the bank, at one address as long as its key stays."""
     made_for = bank.key
 
     def call(*args: Any) -> Any:
@@ -134,23 +139,9 @@ def _with_extras(compiled: Callable[..., Any], bank: AdapterBank, mixed_refusal:
         routing = bank.routing()
         if mixed_refusal is not None and len(routing.rows) > 1:
             raise UnsupportedModelError(mixed_refusal)
-        return compiled(*args, *_extras(bank, routing))
+        return compiled(*args, routing.slots, routing.weights, routing.count, *held)
 
     return call
-
-
-def _extras(bank: AdapterBank, routing: Any) -> tuple[Tensor, ...]:
-    """In the order of ``attach_inputs.ROUTED_INPUTS``."""
-    store = bank.store
-    return (
-        store.storage,
-        store.owner,
-        store.scale,
-        store.windows,
-        routing.slots,
-        routing.weights,
-        routing.count,
-    )
 
 
 def _static_fakes(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:

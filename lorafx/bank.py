@@ -318,6 +318,7 @@ class AdapterBank:
         with self._lock.writing():
             for field in ("storage", "owner", "scale", "windows"):
                 setattr(self.store, field, getattr(self.store, field).to(device))
+            self._renew_key()
             self._routings.clear()
 
     # ------------------------------------------------------------------------------------------ looking

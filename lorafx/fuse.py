@@ -22,9 +22,12 @@ def fuse(
 ) -> tuple[fx.GraphModule, Report]:
     """Fuse the LoRA branches of a traced graph. ``graph_module`` stays as it is; its parameters are shared.
 
-    example_inputs: real tensors, to learn shapes and dtypes from; without them a branch that casts on its way is left
-        alone, since the dtype of its sum is unknown
+    example_inputs: real tensors, to learn shapes and dtypes from; without them a branch that casts or reshapes on its
+        way is left alone, since the dtype and the shape of its sum are unknown
     options: "lowering", as in ``lorafx.compile``
+
+    Dropout is judged by the mode that the graph's modules are in now: a graph that is fused in eval has no dropout in
+    its branches afterwards, so trace and fuse again for training.
 
     Returns the fused graph and a report of what was done.
     """

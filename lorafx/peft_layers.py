@@ -198,14 +198,20 @@ class ContiguousStateDict:
 
 
 def active_names(layers: dict[str, PeftLinear]) -> tuple[str, ...] | None:
-    """The adapters that ``set_adapter`` made active; None if the layers disagree or hold merged weights."""
-    active: Any = None
+    """The adapters that ``set_adapter`` made active; None if the layers disagree or hold merged weights.
+
+    A layer says nothing about adapters that it does not have.
+    """
+    active: dict[str, None] = {}
+    effective = []
     for layer in layers.values():
-        names = tuple(layer.active_adapters)
-        if layer.merged_adapters or (active is not None and active != names):
+        if layer.merged_adapters:
             return None
-        active = names
-    return active or ()
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        active.update(dict.fromkeys(names))
+        effective.append((layer, names))
+    agree = all(len(names) == sum(name in layer.lora_A for name in active) for layer, names in effective)
+    return tuple(active) if agree else None
 
 
 def last_set(layers: dict[str, PeftLinear]) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,12 +17,15 @@ from lorafx import peft_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
-from lorafx.selection import Selection, names_in, normalize
+from lorafx.selection import NOTHING, Selection, names_in, normalize
 from lorafx.sites import SiteHook
 
 log = logging.getLogger("lorafx")
 
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
+
+
+NOT_COPIED = ("_entry", "_making_entry", "_hooks", "_forced_eager", "graphs")
 
 
 class Runtime:
@@ -45,12 +49,13 @@ class Runtime:
     def _begin(self) -> None:
         """What can't be copied or pickled, and is made anew in a copy."""
         self._entry: Callable[..., Any] | None = None
+        self._making_entry = threading.Lock()
         self._forced_eager = 0
         self._hooks: list[Any] = []
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_entry", "_hooks", "_forced_eager", "graphs")}
+        return {k: v for k, v in vars(self).items() if k not in NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -79,10 +84,7 @@ class Runtime:
         for hook in self._hooks:
             hook.remove()
         for module in self.root.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, SiteHook) and hook.bank is self.bank:
-                    del module._forward_hooks[key]
-                    module._forward_hooks_with_kwargs.pop(key, None)
+            self._drop_hooks(module)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             peft_layers.release(layer)
@@ -94,6 +96,12 @@ class Runtime:
         ):
             for name in names if module is not None else ():
                 vars(module).pop(name, None)
+
+    def _drop_hooks(self, module: nn.Module) -> None:
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, SiteHook) and hook.bank is self.bank:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
 
     def _connect_bank(self) -> None:
         self.bank._on_new_store = self._on_new_store
@@ -180,9 +188,10 @@ class Runtime:
         """What runs the root: its own call, compiled unless something rules that out."""
         if self.eager or self._forced_eager or not self._peft_agrees or self._needs_eager():
             return self.root._call_impl
-        if self._entry is None:
-            self._entry = compiled_entry(self.root, self._backend, self.dynamic)
-        return self._entry
+        with self._making_entry:  # threads that come first together share one
+            if self._entry is None:
+                self._entry = compiled_entry(self.root, self._backend, self.dynamic)
+            return self._entry
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(gm, inputs, self.options, self.bank, self.graphs.append)
@@ -234,23 +243,38 @@ class Runtime:
     def _follow_peft(self) -> None:
         names, spoken = peft_layers.active_names(self.peft), peft_layers.last_set(self.peft)
         self.bank._disabled = peft_layers.disabled(self.peft)
-        state = peft_layers.fingerprint(self.peft)
+        state = self._peft_fingerprint()
         if self._peft_state is None or state != self._peft_state[1]:
             with self.bank._lock.writing():
+                new, store = self._find_new_layers(), self.bank.store
                 self._repack()
-            state = peft_layers.fingerprint(self.peft)
+                if new and self.bank.store is store:  # room was reserved; but the layer is another object now
+                    self._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
+            state = self._peft_fingerprint()
         if self._peft_state is not None and spoken is not self._peft_state[2]:
             self.bank._chosen = None  # PEFT's set_adapter spoke last
         if self._peft_state is None or names != self._peft_state[0]:
             self._peft_agrees = names is not None and all(name in self.bank for name in names)
-            if self._peft_agrees:
-                self.bank._fallback = (tuple((name, 1.0) for name in names),)
-            elif names is None:
+            self.bank._fallback = (tuple((name, 1.0) for name in names),) if self._peft_agrees else NOTHING
+            if names is None:
                 warn_once(
                     "lorafx: merged adapters, or layers whose active adapters differ: this model runs as PEFT computes"
                     " it, uncompiled, until unmerge_adapter() or set_adapter() makes the layers agree."
                 )
         self._peft_state = (names, state, spoken)
+
+    def _peft_fingerprint(self) -> tuple:
+        return tuple(getattr(self.root, "peft_config", ())), peft_layers.fingerprint(self.peft)
+
+    def _find_new_layers(self) -> list[str]:
+        """PEFT's load_adapter may have adapted layers that no adapter did before. Returns their paths."""
+        layers, unfused = peft_layers.supported_layers(self.root)
+        new = {path: layer for path, layer in layers.items() if path not in self.peft}
+        for layer in new.values():
+            self._drop_hooks(layer.base_layer)  # which stood for room that was reserved
+        self.peft.update(new)
+        self.unfused = {path: reason for path, reason in unfused.items() if path not in self.peft}
+        return list(new)
 
     def _repack(self) -> None:
         """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved."""

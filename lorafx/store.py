@@ -256,6 +256,11 @@ class PackedStore:
         a, b, bias = self._rows(path, self.taken[slot][path])
         return a, b.t(), bias
 
+    def table(self, name: str, start: int, length: int | None) -> Tensor:
+        """``storage``, ``windows``, or a part of ``owner`` (lanes) or ``scale`` (columns): a view."""
+        tensor: Tensor = getattr(self, name)
+        return tensor if length is None else tensor.narrow(1 if name == "scale" else 0, start, length)
+
     def site_tensors(self, index: int) -> dict[str, Tensor]:
         """The blocks and tables of one site, as the routed op wants them."""
         g = self.geometry[index]

@@ -1,35 +1,56 @@
 """Gives a graph the inputs that its routed ops read: the bank's tensors and the routing of the call.
 
 They are placeholders behind all others, so whoever calls the graph appends them; Dynamo never sees them and so guards
-on nothing in them.
+on nothing in them. The weights are one input, read through constant windows. Of the tables each group gets its own
+part: with an offset into a whole table inside it, the C++ that Inductor makes would differ from layer to layer, and be
+compiled as often.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import fx
 
-ROUTED_INPUTS = ("storage", "owner", "scale", "windows", "slots", "weights", "count")
-STATIC_INPUTS = ("storage", "owner", "scale", "windows")  # they keep their address
-_PREFIX = "lorafx_"
+ROUTING = ("slots", "weights", "count")  # of the call; the others keep their address
+KEY = "lorafx_input"
 
 
-def attach_inputs(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """The placeholders by name; made on the first call."""
-    placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    have = {node.target.removeprefix(_PREFIX): node for node in placeholders if node.target.startswith(_PREFIX)}
-    if have:
-        return have
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    with gm.graph.inserting_before(first):
-        for name in ROUTED_INPUTS:
-            node = gm.graph.placeholder(_PREFIX + name)
-            # AOTAutograd wants to know where a Dynamo graph's input comes from; None is "not from user code"
-            node._dynamo_source = None
-            if name in STATIC_INPUTS:
-                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-            have[name] = node
-    return have
+@dataclass(frozen=True)
+class RoutedInput:
+    """What a placeholder stands for: one of ROUTING, ``storage``, ``windows``, or a part of ``owner`` or ``scale``.
+
+    start, length: lanes of ``owner``, columns of ``scale``
+    """
+
+    name: str
+    start: int = 0
+    length: int | None = None
 
 
-def has_routed_inputs(gm: fx.GraphModule) -> bool:
-    return any(node.target == _PREFIX + "storage" for node in gm.graph.find_nodes(op="placeholder"))
+def attach_input(gm: fx.GraphModule, wanted: RoutedInput) -> fx.Node:
+    """Its placeholder; made when it is first asked for. The routing comes first."""
+    have = {node.meta[KEY]: node for node in _routed(gm)}
+    if wanted in have:
+        return have[wanted]
+    if not have and wanted.name not in ROUTING:
+        for name in ROUTING:
+            attach_input(gm, RoutedInput(name))
+    suffix = "" if wanted.length is None else f"_{wanted.start}_{wanted.length}"
+    with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder")):
+        node = gm.graph.placeholder(f"lorafx_{wanted.name}{suffix}")
+    node.meta[KEY] = wanted
+    # AOTAutograd wants to know where a Dynamo graph's input comes from; None is "not from user code"
+    node._dynamo_source = None
+    if wanted.name not in ROUTING:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return node
+
+
+def routed_inputs(gm: fx.GraphModule) -> list[RoutedInput]:
+    """What is to be appended to the inputs of ``gm``, in order; nothing where no routed op was made."""
+    return [node.meta[KEY] for node in _routed(gm)]
+
+
+def _routed(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.find_nodes(op="placeholder") if KEY in node.meta]

@@ -19,7 +19,7 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.passes.attach_inputs import attach_inputs
+from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.graph_reading import KEPT_META, example
 from lorafx.passes.group_markers import SITE, Group, group_markers
@@ -27,17 +27,24 @@ from lorafx.passes.record import FusedBranch, FusedGroup
 
 
 def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
-    """Returns how many groups were fused. Markers of another bank stay, and run eagerly."""
+    """Returns how many groups were fused. Markers of another bank stay, and run eagerly.
+
+    So do those whose site is a symbol: where Dynamo compiles the hook of a layer as a frame of its own, one graph serves
+    the hooks of all layers.
+    """
+
+    def is_known(marker: fx.Node) -> bool:
+        return marker.args[2] == context.bank_key and isinstance(marker.args[3], int)
 
     def parent_of(marker: fx.Node) -> str:
         if marker.target is SITE:
-            return context.sites[marker.args[3]].parent if marker.args[2] == context.bank_key else ""
+            return context.sites[marker.args[3]].parent if is_known(marker) else f"unknown: {marker.name}"
         return marker.meta["lorafx"]["parent"]
 
     fused = 0
     for group in group_markers(gm, parent_of):
         anchor = group.anchor
-        if anchor.target is SITE and anchor.args[2] != context.bank_key:
+        if anchor.target is SITE and not is_known(anchor):
             continue
         for node in group.hoist:
             if anchor < node:  # not there yet, for another group
@@ -57,7 +64,6 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
 
 
 def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
-    inputs = attach_inputs(gm)
     # in the order of the storage, so that the A's of the group are one matrix
     group.markers.sort(key=lambda marker: context.sites[marker.args[3]].column)
     sites = [context.sites[marker.args[3]] for marker in group.markers]
@@ -68,23 +74,29 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
         for left, right in itertools.pairwise(sites)
     )
 
-    def window(name: str, offset: int, rows: int, columns: int) -> fx.Node:
-        return gm.graph.call_function(torch.as_strided, (inputs[name], (rows, columns), (columns, 1), offset))
+    def window(offset: int, rows: int, columns: int) -> fx.Node:
+        storage = attach_input(gm, RoutedInput("storage"))
+        return gm.graph.call_function(torch.as_strided, (storage, (rows, columns), (columns, 1), offset))
 
-    def part(name: str, dim: int, runs: list[tuple[int, int]]) -> fx.Node:
+    def joined(parts: list[fx.Node], dim: int) -> fx.Node:
+        return parts[0] if len(parts) == 1 else gm.graph.call_function(torch.cat, (parts, dim))
+
+    def table(name: str, dim: int, runs: list[tuple[int, int]]) -> fx.Node:
         """These runs (start, length) of a table, as one tensor."""
         if adjacent:
             runs = [(runs[0][0], sum(length for _, length in runs))]
-        nodes = [gm.graph.call_function(torch.narrow, (inputs[name], dim, *run)) for run in runs]
-        return nodes[0] if len(nodes) == 1 else gm.graph.call_function(torch.cat, (nodes, dim))
+        return joined([attach_input(gm, RoutedInput(name, *run)) for run in runs], dim)
 
     first = sites[0]
     if adjacent:
-        a = [window("storage", first.a_offset, sum(site.capacity for site in sites), first.in_features)]
+        a = [window(first.a_offset, sum(site.capacity for site in sites), first.in_features)]
     else:
-        a = [window("storage", site.a_offset, site.capacity, site.in_features) for site in sites]
-    b = [window("storage", site.b_offset, site.lanes, site.out_features) for site in sites]
+        a = [window(site.a_offset, site.capacity, site.in_features) for site in sites]
+    b = [window(site.b_offset, site.lanes, site.out_features) for site in sites]
     columns = [(site.column, 1) for site in sites]
+    runs = [(first.column, len(sites))] if adjacent else columns
+    whole = attach_input(gm, RoutedInput("windows"))
+    windows = [gm.graph.call_function(torch.narrow, (whole, 1, *run)) for run in runs]
     x = group.x
     _record(context, "routed_lora", first.parent, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
@@ -98,12 +110,10 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
             a,
             b,
             [site.capacity for site in sites],
-            inputs["slots"],
-            inputs["weights"],
-            inputs["count"],
-            part("owner", 0, [(site.lane, site.lanes) for site in sites]),
-            part("scale", 1, columns),
-            part("windows", 1, columns),
+            *(attach_input(gm, RoutedInput(name)) for name in ROUTING),
+            table("owner", 0, [(site.lane, site.lanes) for site in sites]),
+            table("scale", 1, columns),
+            joined(windows, 1),
             None,
             context.lowering,
         ),

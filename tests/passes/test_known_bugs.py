@@ -1,0 +1,36 @@
+"""What earlier attempts at this got wrong: offsets that never advance, layouts chosen by one rank, lost lanes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.passes.toys import assert_fused, inputs, siblings
+
+RANKS = {
+    "3x8": (8, 8, 8),
+    "3x16": (16, 16, 16),
+    "3x32": (32, 32, 32),
+    "3x64": (64, 64, 64),
+    "2x8": (8, 8),
+    "8+16+64": (8, 16, 64),
+    "q only": (8,),
+    "rank 1": (1, 1, 1),
+    "rank 128": (128, 128),
+    "rank 256": (256, 16),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_every_fused_rank(name):
+    ranks = RANKS[name]
+    model = siblings(len(ranks), ranks=ranks, widths=(48, 16, 33), k=70)
+    assert_fused("fx with inputs", model, inputs(70), groups=[len(ranks)])
+
+
+@pytest.mark.parametrize("widths", [(2049, 512), (2049, 2049), (1, 2049)])
+def test_odd_widths(widths):
+    assert_fused("fx with inputs", siblings(2, widths=widths, ranks=(16, 8), k=65), inputs(65), groups=[2])
+
+
+def test_rank_above_the_widths():
+    assert_fused("fx with inputs", siblings(2, ranks=(32, 40)), inputs(), groups=[2])
