@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -31,6 +32,7 @@ ROWS: list[str | None] = [*CHECKS, None]
 NEW_TOKENS = 40
 ROUNDS = 3  # alternating timed runs of each contender
 TIE = 1e-3  # two best logits closer than this may change places by rounding
+PAUSE = 1 if sys.stdout.isatty() else 20  # seconds between two looks of a bar: a log file wants few
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def clock(title: str) -> Iterator[None]:
     """A bar that counts seconds, for work that does not say how far it is."""
     done = threading.Event()
     with tqdm(desc=title, bar_format="{desc} {elapsed}", file=sys.stdout) as bar:
-        ticking = threading.Thread(target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(1), True)])
+        ticking = threading.Thread(target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(PAUSE), True)])
         ticking.start()
         try:
             yield
@@ -66,7 +68,10 @@ class Stopwatch(StoppingCriteria):
 
 def generate(model: torch.nn.Module, inputs: dict, title: str, **kwargs: object) -> tuple[object, Stopwatch]:
     """Greedy, static cache, always ``NEW_TOKENS`` long, so that each run has the same shapes."""
-    with tqdm(total=NEW_TOKENS, desc=title, file=sys.stdout, leave=False) as bar, torch.inference_mode():
+    with (
+        tqdm(total=NEW_TOKENS, desc=title, file=sys.stdout, leave=False, mininterval=PAUSE / 10) as bar,
+        torch.inference_mode(),
+    ):
         watch = Stopwatch(bar)
         out = model.generate(
             **inputs,
@@ -195,6 +200,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT, help=f"default: {PROMPT!r}")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
     sys.exit(run(args.prompt or PROMPT))
 
 

@@ -191,8 +191,7 @@ def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> lis
         return []
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if wanted == ["all-linear"]:
-        head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-        return [path for path, m in root.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        return peft_layers.all_linear(root)
     found = [
         path for path, _ in root.named_modules() if any(path == name or path.endswith(f".{name}") for name in wanted)
     ]

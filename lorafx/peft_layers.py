@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorafx.adapters import AdapterWeights, SiteWeights
 from lorafx.errors import UnsupportedModelError
@@ -97,6 +98,17 @@ def tuner_of(model: nn.Module) -> BaseTuner | None:
 
 def has_adapters(root: nn.Module) -> bool:
     return any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in root.modules())
+
+
+def all_linear(root: nn.Module) -> list[str]:
+    """What PEFT's "all-linear" targets: every linear layer but the output head; an adapted one counts as one."""
+    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    inside = tuple(f"{path}." for path, module in root.named_modules() if isinstance(module, BaseTunerLayer))
+    return [
+        path
+        for path, module in root.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, PeftLinear)) and module is not head and not path.startswith(inside)
+    ]
 
 
 def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorafx.adapters import AdapterWeights
@@ -64,7 +65,12 @@ class PeftLoader:
     def _read(self, name: str, source: Any) -> tuple[Any, AdapterWeights]:
         config, tensors = load_source(name, source)
         bare = skeleton(self.root)
-        return config, read_adapter(f"{name}_new", (tensors, config), bare, torch.float32)
+        if name in getattr(bare, "peft_config", ()):  # the one to be replaced
+            del bare.peft_config[name]
+            for layer in bare.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.delete_adapter(name)
+        return config, read_adapter(name, (tensors, config), bare, torch.float32)
 
     def _add(self, name: str, config: Any, weights: AdapterWeights) -> None:
         config = copy.deepcopy(config)
@@ -74,7 +80,7 @@ class PeftLoader:
             self.model.add_adapter(name, config)
             for path, site in weights.sites.items():
                 layer = self.root.get_submodule(path)
-                layer.lora_dropout[name].train(layer.training)  # PEFT makes it in training mode
+                layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode
                 layer.lora_A[name].weight.copy_(site.a)
                 layer.lora_B[name].weight.copy_(site.b)
                 if site.bias is not None:

@@ -137,6 +137,11 @@ class Runtime:
         self._entry = None
 
     def _guard_use(self, selection: Selection) -> None:
+        if self._peft_gone and names_in(selection):
+            raise UnsupportedModelError(
+                "PEFT has taken its layers off this model (unload, merge_and_unload), so no adapter can be chosen."
+                " lorafx.uncompile(model), then compile what is left with adapters of its own."
+            )
         if self.unfused and names_in(selection):
             path, reason = next(iter(self.unfused.items()))
             raise UnsupportedModelError(
@@ -227,6 +232,7 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ following the model
 
     _peft_agrees = True
+    _peft_gone = False
 
     def _follow_model(self) -> None:
         """Notice, before each call, what was changed from outside: PEFT's switches, weights that moved."""
@@ -241,6 +247,10 @@ class Runtime:
                 self._entry = None
 
     def _follow_peft(self) -> None:
+        path, layer = next(iter(self.peft.items()))
+        if self.root.get_submodule(path) is not layer:
+            self._peft_gone, self.bank._chosen, self.bank._fallback = True, None, NOTHING
+            return
         names, spoken = peft_layers.active_names(self.peft), peft_layers.last_set(self.peft)
         self.bank._disabled = peft_layers.disabled(self.peft)
         state = self._peft_fingerprint()

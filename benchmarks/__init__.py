@@ -1,0 +1,1 @@
+"""What lorafx costs, one command each. See docs/performance.md."""
