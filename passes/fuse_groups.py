@@ -29,8 +29,8 @@ from lorafx.passes.record import FusedBranch, FusedGroup
 def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
     """Returns how many groups were fused. Markers of another bank stay, and run eagerly.
 
-    So do those whose site is a symbol: where Dynamo compiles the hook of a layer as a frame of its own, one graph serves
-    the hooks of all layers.
+    So do those whose site is a symbol: where Dynamo compiles the hook of a layer as a frame of its own, one graph
+    serves the hooks of all layers.
     """
 
     def is_known(marker: fx.Node) -> bool:
