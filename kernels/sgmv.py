@@ -77,14 +77,19 @@ def fused_lora(
 
 def _on_rows(ys: list[Tensor], x: Tensor, *rest: object) -> list[Tensor]:
     """Call the op, on a device that can run it and with a batch dimension."""
-    if x.device.type not in GPUS and not INTERPRETED:
-        raise UnsupportedModelError(
-            f'lowering="triton" needs a GPU, and the model is on {x.device}: choose lowering="aten", or set '
-            "TRITON_INTERPRET=1 in the environment before Python starts to run the kernels in Triton's interpreter"
-        )
+    check_device(x.device)
     if x.dim() == 1:
         return [out[0] for out in torch.ops.lorafx.sgmv([y[None] for y in ys], x[None], *rest)]
     return torch.ops.lorafx.sgmv(ys, x, *rest)
+
+
+def check_device(device: torch.device) -> None:
+    """UnsupportedModelError: the kernels can't run there."""
+    if device.type not in GPUS and not INTERPRETED:
+        raise UnsupportedModelError(
+            f'lowering="triton" needs a GPU, and the model is on {device}: choose lowering="aten", or set '
+            "TRITON_INTERPRET=1 in the environment before Python starts to run the kernels in Triton's interpreter"
+        )
 
 
 def _sgmv(

@@ -59,6 +59,7 @@ def compile(
             raise LorafxError(f"got {name}={value!r}; expected a whole number of at least 1")
     sources = as_mapping(adapters)
     root = peft_layers.base_model_of(model)
+    _check_lowering(root, parsed.lowering)
     on_peft = peft_layers.has_adapters(root)
     if on_peft:
         loader = PeftLoader(model, root)
@@ -138,6 +139,17 @@ def _check_model(model: Any) -> None:
                 f"{type(module).__name__} has an attribute 'lora' of its own, which lorafx needs. Wrap the model"
                 " in another nn.Module."
             )
+
+
+def _check_lowering(root: nn.Module, lowering: str) -> None:
+    """What the kernels would refuse in the middle of a trace, said before anything is touched."""
+    parameter = next(root.parameters(), None)
+    if lowering == "triton" and parameter is not None:
+        try:
+            from lorafx.kernels.sgmv import check_device
+        except ImportError as error:
+            raise UnsupportedModelError(f'lowering="triton" needs the triton package: {error}') from error
+        check_device(parameter.device)
 
 
 def _bank_dtype(root: nn.Module) -> torch.dtype:

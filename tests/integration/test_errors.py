@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -614,3 +615,12 @@ def test_gradient_checkpointing(folders):
         each.gradient_checkpointing_enable({"use_reentrant": False})
         each.train()
     assert_same_gradients(model, reference)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there the kernels run on a CPU")
+def test_triton_without_a_gpu_is_refused_before_anything_is_touched() -> None:
+    model = LLAMA.build()
+    with pytest.raises(lorafx.UnsupportedModelError, match=r"needs a GPU.*cpu.*TRITON_INTERPRET"):
+        lorafx.compile(model, options={"lowering": "triton"})
+    assert not hasattr(model, "lora")
+    assert model._compiled_call_impl is None
