@@ -19,7 +19,7 @@ from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What lorafx did to a model.
 
@@ -95,6 +95,8 @@ class Report:
         if self.skipped:
             lines += ["", format_table([vars(skipped) for skipped in self.skipped])]
         return "\n".join([*lines, *(["", self.bank] if self.bank else [])])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         head = str(self).partition("\n")[0]
