@@ -32,24 +32,26 @@ def base():
 
 
 def distances(base, options: dict) -> dict[str, tuple[float, float]]:
-    """For a mixed batch and for one adapter alone: (lorafx, PEFT), rel-L2 of the logits to float64."""
+    """For a mixed batch and for each adapter on all rows: (lorafx, PEFT), rel-L2 of the logits to float64.
+
+    Over the whole batch: of a single short prompt this is noise, since already the base model that Inductor compiled is
+    nearer to float64 than the eager one on some prompts and further from it on others.
+    """
     model, tokenizer = base
     inputs = tokenizer(PROMPTS[: len(ROWS)], return_tensors="pt", padding=True)
     names = [name or "__base__" for name in ROWS]
     mask = inputs["attention_mask"].bool()
-    runs = {"mixed": (inputs, names)}
-    runs["json"] = ({key: value[:1] for key, value in inputs.items()}, ["json"])
+    runs = {"mixed": names, **{name: [name] * len(ROWS) for name in CHECKS}}
 
     peft = with_peft(copy.deepcopy(model))
     exact = with_peft(copy.deepcopy(model).double()).double()
-    fused = lorafx.compile(copy.deepcopy(model), PATHS, options=options, dynamic=True)
+    fused = lorafx.compile(copy.deepcopy(model), PATHS, options=options)
     found = {}
     with torch.inference_mode():
-        for title, (batch, chosen) in runs.items():
-            keep = mask[: len(chosen)]
-            want = exact(**batch, adapter_names=chosen).logits[keep]
-            with_fused = fused(**batch, adapter_names=chosen).logits[keep]
-            with_eager = peft(**batch, adapter_names=chosen).logits[keep]
+        for title, chosen in runs.items():
+            want = exact(**inputs, adapter_names=chosen).logits[mask]
+            with_fused = fused(**inputs, adapter_names=chosen).logits[mask]
+            with_eager = peft(**inputs, adapter_names=chosen).logits[mask]
             found[title] = tuple(float((got - want).norm() / want.norm()) for got in (with_fused, with_eager))
     report = lorafx.explain(fused)
     assert not report.skipped
