@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import AdapterFormatError
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What one adapted layer takes, known before any weight is read."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    bias: bool
+    scale: float
+
+    @property
+    def elements(self) -> int:
+        return self.rank * (self.in_features + self.out_features) + self.bias * self.out_features
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,10 @@ class SiteWeights:
     scale: float
 
     @property
+    def shape(self) -> SiteShape:
+        return SiteShape(self.a.shape[0], self.a.shape[1], self.b.shape[0], self.bias is not None, self.scale)
+
+    @property
     def rank(self) -> int:
         return self.a.shape[0]
 
@@ -33,19 +53,64 @@ class SiteWeights:
 
 
 @dataclass(frozen=True)
-class AdapterWeights:
-    """All adapted layers of one adapter, by the path of the layer in the base model."""
+class AdapterOutline:
+    """An adapter whose weights are still to be read: enough to say whether it fits, and to refuse it for nothing.
+
+    sites: by the path of the layer in the base model; read: the weights, packed (``AdapterWeights.packed``)
+    """
 
     name: str
-    sites: dict[str, SiteWeights]
+    sites: Mapping[str, SiteShape]
+    read: Callable[[], AdapterWeights] = field(repr=False)
 
     @cached_property
     def ranks(self) -> list[int]:
         """The different ranks, ascending."""
         return sorted({site.rank for site in self.sites.values()})
 
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """All adapted layers of one adapter, by the path of the layer in the base model."""
+
+    name: str
+    sites: Mapping[str, SiteWeights]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The different ranks, ascending."""
+        return sorted({site.rank for site in self.sites.values()})
+
+    @cached_property
+    def outline(self) -> AdapterOutline:
+        return AdapterOutline(self.name, {path: site.shape for path, site in self.sites.items()}, lambda: self)
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """A, B and bias of each site, B as rank rows ``[rank, out]``: what the bank copies, one after the other."""
+        return [
+            tensor for site in self.sites.values() for tensor in (site.a, site.b.t(), site.bias) if tensor is not None
+        ]
+
     def elements(self) -> int:
         return sum(t.numel() for site in self.sites.values() for t in site.tensors())
+
+    @torch.no_grad()
+    def packed(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
+        """The same numbers in one piece of new memory, each B as rank rows, so that the bank takes them by plain copies."""
+        flat = torch.empty(self.elements(), dtype=dtype, device=device)
+        sites, offset = {}, 0
+
+        def take(source: Tensor) -> Tensor:
+            nonlocal offset
+            rows = flat[offset : offset + source.numel()].view(source.shape)
+            offset += source.numel()
+            return rows.copy_(source)
+
+        for path, site in self.sites.items():
+            a, b = take(site.a), take(site.b.t()).t()
+            sites[path] = SiteWeights(a, b, None if site.bias is None else take(site.bias), site.scale)
+        return AdapterWeights(self.name, sites)
 
     def check_finite(self) -> None:
         """NaN and Inf are refused: in a bank that is masked by zeros they would reach other rows of the batch."""
