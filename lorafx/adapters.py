@@ -97,7 +97,7 @@ class AdapterWeights:
 
     @torch.no_grad()
     def packed(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
-        """The same numbers in one piece of new memory, each B as rank rows, so that the bank takes them by plain copies."""
+        """The same numbers in one piece of new memory, each B as rank rows: what the bank takes by plain copies."""
         flat = torch.empty(self.elements(), dtype=dtype, device=device)
         sites, offset = {}, 0
 
