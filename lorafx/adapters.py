@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import AdapterFormatError
+from lorafx.packing import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class AdapterWeights:
 
     name: str
     sites: Mapping[str, SiteWeights]
+    flat: Tensor | None = field(default=None, repr=False)  # where it is packed: the memory of all sites
+    layout: Layout | None = field(default=None, repr=False)  # and where each stands in it
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -86,31 +89,34 @@ class AdapterWeights:
         return AdapterOutline(self.name, {path: site.shape for path, site in self.sites.items()}, lambda: self)
 
     @cached_property
-    def rows(self) -> list[Tensor]:
-        """A, B and bias of each site, B as rank rows ``[rank, out]``: what the bank copies, one after the other."""
-        return [
-            tensor for site in self.sites.values() for tensor in (site.a, site.b.t(), site.bias) if tensor is not None
-        ]
+    def scales(self) -> list[float]:
+        """Of each site."""
+        return [site.scale for site in self.sites.values()]
 
     def elements(self) -> int:
         return sum(t.numel() for site in self.sites.values() for t in site.tensors())
 
     @torch.no_grad()
     def packed(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
-        """The same numbers in one piece of new memory, each B as rank rows: what the bank takes by plain copies."""
-        flat = torch.empty(self.elements(), dtype=dtype, device=device)
-        sites, offset = {}, 0
+        """The same numbers in one piece of memory, each B as rank rows: what the bank takes by plain copies.
 
-        def take(source: Tensor) -> Tensor:
-            nonlocal offset
-            rows = flat[offset : offset + source.numel()].view(source.shape)
-            offset += source.numel()
-            return rows.copy_(source)
-
+        This adapter itself if it is packed, of this dtype, on this device.
+        """
+        if self.flat is not None and self.flat.dtype == dtype and self.flat.device == torch.device(device):
+            return self
+        layout = layout_of(self.outline.sites)
+        flat = torch.empty(layout.size, dtype=dtype, device=device)
+        sites = {}
         for path, site in self.sites.items():
-            a, b = take(site.a), take(site.b.t()).t()
-            sites[path] = SiteWeights(a, b, None if site.bias is None else take(site.bias), site.scale)
-        return AdapterWeights(self.name, sites)
+            a, b, bias = (flat[offset:] for offset in layout.offsets[path])
+            rows = b[: site.b.numel()].view(site.b.t().shape)
+            sites[path] = SiteWeights(
+                a[: site.a.numel()].view(site.a.shape).copy_(site.a),
+                rows.copy_(site.b.t()).t(),
+                None if site.bias is None else bias[: site.bias.numel()].copy_(site.bias),
+                site.scale,
+            )
+        return AdapterWeights(self.name, sites, flat, layout)
 
     def check_finite(self) -> None:
         """NaN and Inf are refused: in a bank that is masked by zeros they would reach other rows of the batch."""

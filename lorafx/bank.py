@@ -5,36 +5,53 @@ from __future__ import annotations
 import contextvars
 import itertools
 import logging
+import threading
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafx.adapters import AdapterWeights
-from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError
+from lorafx.adapters import AdapterOutline, AdapterWeights, SiteWeights
+from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.interrupts import uninterrupted
 from lorafx.locking import ReadWriteLock
 from lorafx.routing import Routing, make_routing
 from lorafx.selection import NOTHING, Choice, Selection, names_in, normalize
 from lorafx.store import PackedStore, Site
 
+if TYPE_CHECKING:
+    from lorafx.adapter_store import AdapterStore
+    from lorafx.reading import AdapterReader
+
 log = logging.getLogger("lorafx")
 
 _keys = itertools.count(1)
 _banks: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
-ROUTINGS_KEPT = 256  # made routings, by selection
+ROUTINGS_KEPT = 64  # made routings, by selection: 8 KiB each
 
 
 @dataclass(frozen=True)
 class CallState:
-    """What belongs to one call: its selection if it has one of its own, and how many rows its batch has."""
+    """What belongs to one call: its selection if it has one of its own, how many rows its batch has, and, while a
+    forward runs, what that forward uses from its first layer to its last."""
 
     selection: Selection | None
     batch: int | None
+    pinned: Pinned | None = None
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """chosen, in_use: as the bank's properties of that name were when the forward began; and the routing of it."""
+
+    chosen: Selection | None
+    in_use: Selection
+    routing: Routing
 
 
 class AdapterBank:
@@ -60,26 +77,30 @@ class AdapterBank:
         self._chosen: Selection | None = None  # by use()
         self._fallback: Selection = NOTHING  # where nothing was chosen: what PEFT's switches say, on a PeftModel
         self._disabled = False  # by PEFT's disable_adapter
-        self._read: Callable[[str, Any], AdapterWeights] | None = None  # how adapters are read for this model
+        self._held: Counter[str] = Counter()  # names that a generate under way has said
+        self._read: AdapterReader | None = None  # how adapters are read for this model
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
+        self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
         self._follow: Callable[[], None] = lambda: None  # brings the bank up to PEFT's layers
-        self._on_new_store: Callable[[str], None] = lambda reason: None
+        self._on_new_store: Callable[[str | None], None] = lambda reason: None
         self._guard_use: Callable[[Selection], None] = lambda selection: None
         self._begin()
 
     def _begin(self) -> None:
         """What can't be copied or pickled, and is made anew in a copy."""
         self._lock = ReadWriteLock()
+        self._counting = threading.Lock()  # of what is held
         self._call: contextvars.ContextVar[CallState | None] = contextvars.ContextVar("lorafx_call", default=None)
-        self._routings: OrderedDict[Selection, Routing] = OrderedDict()
+        self._routings: dict[Selection, Routing] = {}
         self._renew_key()
 
-    def _renew_key(self) -> None:
-        self.key = next(_keys)
+    def _renew_key(self, key: int | None = None) -> None:
+        self.key = next(_keys) if key is None else key
         _banks[self.key] = self
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in vars(self).items() if k not in ("_lock", "_call", "_routings", "key")}
+        left_out = ("_lock", "_counting", "_call", "_routings", "key")
+        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "_held": Counter(), "_shelf": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -91,11 +112,16 @@ class AdapterBank:
         """Use an adapter from the next call on: a name, None (the base model), ``{name: weight}``, or a list of these,
         one for each row of the batch (rows that generate repeats for beams follow).
 
-        AdapterMismatchError: an adapter that is not loaded
+        AdapterMismatchError: an adapter that is not loaded, and that no AdapterStore has
         """
         self._follow()
-        selection = self._known(normalize(choice))
+        selection = normalize(choice)
         self._guard_use(selection)
+        if self._shelf is not None:
+            self._shelf.choose(selection)
+        self._choose(self._known(selection))
+
+    def _choose(self, selection: Selection | None) -> None:
         self._chosen = selection
 
     @contextmanager
@@ -106,20 +132,27 @@ class AdapterBank:
         try:
             yield self
         finally:
-            self._chosen = before
+            if self._shelf is not None:
+                self._shelf.choose(before or NOTHING)
+            self._choose(before)
 
     @property
     def in_use(self) -> Selection:
         """The selection that a call without ``adapter_names`` takes now."""
+        state = self._call.get()
+        if state is not None and state.pinned is not None:
+            return state.pinned.in_use
         chosen = self.chosen
         return chosen if chosen is not None else self._fallback
 
     @property
     def chosen(self) -> Selection | None:
         """``in_use`` where it was said through lorafx; None where PEFT's own switches decide."""
+        state = self._call.get()
+        if state is not None and state.pinned is not None:
+            return state.pinned.chosen
         if self._disabled:
             return NOTHING
-        state = self._call.get()
         return state.selection if state is not None and state.selection is not None else self._chosen
 
     def _known(self, selection: Selection) -> Selection:
@@ -131,29 +164,73 @@ class AdapterBank:
             )
         return selection
 
+    # ------------------------------------------------------------------------------------------ calling
+
     @contextmanager
     def calling(self, selection: Selection | None, batch: int | None) -> Iterator[None]:
-        """One call: its own selection (None: as outside it) and its number of rows."""
-        outer = self._call.get()
-        if selection is None and outer is not None:
-            selection = outer.selection
-        token = self._call.set(CallState(selection, batch))
+        """Calls of the model with a selection of their own (None: as outside), and the number of their rows.
+
+        AdapterMismatchError: an adapter that is not there
+        """
+        outer = self._call.get() or CallState(None, None)
+        state = CallState(outer.selection, batch, outer.pinned)
+        with ExitStack() as stack:
+            if selection is not None:
+                state = CallState(selection, batch)
+                if self._shelf is not None:
+                    stack.enter_context(self._shelf.holding(names_in(selection)))
+                self._known(selection)
+            token = self._call.set(state)
+            try:
+                yield
+            finally:
+                self._call.reset(token)
+
+    @contextmanager
+    def held(self, selection: Selection) -> Iterator[None]:
+        """These adapters can't be unloaded meanwhile, not even between two forwards, as those of generate are."""
+        names = names_in(selection)
+        with self._lock.reading(), self._counting:
+            self._known(selection)
+            self._held.update(names)
         try:
             yield
         finally:
-            self._call.reset(token)
+            with self._counting:
+                self._held.subtract(names)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """One forward: the bank can't change meanwhile, and what is in use now stays in use to the last layer."""
+        with self._lock.reading():
+            state = self._call.get() or CallState(None, None)
+            if state.pinned is None:
+                in_use = self.in_use
+                state = replace(state, pinned=Pinned(self.chosen, in_use, self._routing_of(in_use)))
+            token = self._call.set(state)
+            try:
+                yield
+            finally:
+                self._call.reset(token)
 
     def routing(self) -> Routing:
-        """The routing of the call that is under way."""
-        selection = self.in_use
+        """The routing of the forward that is under way; of what is in use, where a layer is called by itself."""
+        state = self._call.get()
+        if state is not None and state.pinned is not None:
+            return state.pinned.routing
+        with self._lock.reading():
+            return self._routing_of(self.in_use)
+
+    def _routing_of(self, selection: Selection) -> Routing:
+        """Kept, since one selection often serves many calls; under the lock, since a change of the bank forgets it."""
         made = self._routings.get(selection)
         if made is None:
             self._known(selection)
-            rows = [tuple((self._slots[name], weight) for name, weight in row) for row in selection]
+            rows = [tuple([(self._slots[name], weight) for name, weight in row]) for row in selection]
             made = make_routing(rows, self.store.storage.device)
+            if len(self._routings) >= ROUTINGS_KEPT:
+                self._routings = {}
             self._routings[selection] = made
-            while len(self._routings) > ROUTINGS_KEPT:
-                self._routings.pop(next(iter(self._routings)), None)
         return made
 
     @property
@@ -162,14 +239,20 @@ class AdapterBank:
         state = self._call.get()
         return state.batch if state is not None else None
 
-    def reading(self):
+    def reading(self) -> AbstractContextManager[None]:
         """Hold off changes of the bank, as a forward does."""
         return self._lock.reading()
 
     # ------------------------------------------------------------------------------------------ changing
 
+    def read(self, source: Any, name: str = "adapter") -> AdapterWeights:
+        """An adapter's weights, read and checked but not loaded; ``load`` and ``replace`` take them as a source, and
+        then cost little more than a copy of their bytes."""
+        return self._reader().open(name, source).read()
+
     def load(self, name: str, source: Any) -> None:
-        """Load an adapter under a new name: a PEFT folder, a state dict, or a (state dict, config) pair.
+        """Load an adapter under a new name: a PEFT folder, a state dict, a (state dict, config) pair, or what ``read``
+        gave.
 
         AdapterFormatError: not an adapter; AdapterMismatchError: does not fit the model, or the name is taken;
         CapacityError: more adapters than ``max_adapters``. In each case nothing has changed.
@@ -177,48 +260,85 @@ class AdapterBank:
         self._check_free(name)
         if self._peft is not None:
             with self._changing_peft():
-                self._peft.load(name, source, self._admit)
-        else:
-            self.add(self._read(name, source))
+                self._peft.load(name, source, lambda adapter: self._admit(adapter.outline))
+            return
+        outline = self._reader().open(name, source)
+        self._admit(outline)  # before any weight is read
+        self.add(outline.read())
 
     def replace(self, name: str, source: Any) -> None:
         """Put another adapter in the place of ``name``, which may be in use; its rank and layers may differ."""
-        if name not in self._slots:
-            self._known((((name, 1.0),),))
+        slot = self._slot(name)
         if self._peft is not None:
             with self._changing_peft():
-                self._peft.replace(name, source, lambda adapter: self._admit(adapter, self._slots[name]))
+                self._peft.replace(name, source, lambda adapter: self._admit(adapter.outline, self._slots[name]))
             return
-        adapter = self._read(name, source)
-        with self._lock.writing():
-            self._admit(adapter, self._slots[name])
-            self._place(adapter, self._slots[name])
+        adapter = source
+        if not (isinstance(source, AdapterWeights) and self.store.holds(slot, source.layout)):
+            outline = self._reader().open(name, source)
+            self._admit(outline, slot)
+            adapter = outline.read()
+        with self._changing():
+            slot = self._slot(name)
+            self._admit(adapter.outline, slot)
+            self._commit(self._slots, lambda: self._place(adapter, slot))
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its rows.
 
         AdapterMismatchError: not loaded, or in use
         """
-        self._known((((name, 1.0),),))
-        if name in names_in(self._chosen or self._fallback):
-            raise AdapterMismatchError(f"adapter {name!r} is in use; call model.lora.use(None) or use another first")
+        self._slot(name)
         if self._peft is not None:
+            self._check_unused(name)
             with self._changing_peft():
                 self._peft.unload(name)
             return
-        with self._lock.writing():
-            self.store.clear(self._slots[name])
-            del self._slots[name]
-            self._routings.clear()
+        with self._changing():
+            slot = self._slot(name)
+            self._check_unused(name)
+            self._commit({k: v for k, v in self._slots.items() if k != name}, lambda: self.store.clear(slot))
 
-    def add(self, adapter: AdapterWeights) -> None:
-        """``load`` for an adapter that is read already."""
-        self._check_free(adapter.name)
-        with self._lock.writing():
-            self._admit(adapter)
-            slot = self._place(adapter, self.store.free_slot(self._slots.values()))
-            self._slots[adapter.name] = slot
-            self._routings.clear()
+    def add(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
+        """``load`` for an adapter that is read already, in the place of one that is not in use if it is named."""
+        with self._changing():
+            self._check_free(adapter.name)
+            slot = self._slot(instead_of) if instead_of is not None else None
+            if instead_of is not None:
+                self._check_unused(instead_of)
+            self._admit(adapter.outline, slot)
+            if slot is None:
+                slot = self.store.free_slot(self._slots.values())
+            after = {k: v for k, v in self._slots.items() if k != instead_of}
+            after[adapter.name] = slot if slot is not None else self.store.slots
+            self._commit(after, lambda: self._place(adapter, slot))
+
+    def _reader(self) -> AdapterReader:
+        if self._read is None:
+            raise UnsupportedModelError(
+                "this model's adapters are PEFT's; give load and replace a PEFT folder, a state dict or a pair (state"
+                " dict, config)"
+            )
+        return self._read
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Alone with the bank: forwards are waited for, Ctrl-C waits."""
+        with self._lock.writing(), uninterrupted():
+            try:
+                yield
+            finally:
+                self._routings = {}
+
+    def _commit(self, slots: dict[str, int], write: Callable[[], None]) -> None:
+        """Names and memory change together: ``write`` is all or nothing, and nothing comes after it."""
+        before = self._slots
+        try:
+            self._slots = slots
+            write()
+        except BaseException:
+            self._slots = before
+            raise
 
     @contextmanager
     def _changing_peft(self) -> Iterator[None]:
@@ -230,6 +350,12 @@ class AdapterBank:
         self._follow()
         self._chosen = chosen
 
+    def _slot(self, name: str) -> int:
+        slot = self._slots.get(name) if isinstance(name, str) else None
+        if slot is None:
+            self._known((((name, 1.0),),))
+        return slot
+
     def _check_free(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == "__base__":
             raise AdapterMismatchError(f"got {name!r} as the name of an adapter; expected a text other than '__base__'")
@@ -238,30 +364,43 @@ class AdapterBank:
                 f"an adapter {name!r} is loaded already; use model.lora.replace, or another name"
             )
 
+    def _check_unused(self, name: str) -> None:
+        if name in names_in(self._chosen or self._fallback):
+            raise AdapterMismatchError(f"adapter {name!r} is in use; call model.lora.use(None) or use another first")
+        if self._held[name] > 0:
+            raise AdapterMismatchError(f"adapter {name!r} is in use by a generate that is under way; wait for its end")
+
     def _place(self, adapter: AdapterWeights, slot: int | None) -> int:
         """Write ``adapter`` into ``slot`` (None: a new one), with a larger store if it does not fit this one."""
-        if slot is not None and self.store.find_room(adapter, instead_of=slot) is not None:
+        if slot is not None and (
+            self.store.holds(slot, adapter.layout) or self.store.find_room(adapter.outline.sites, instead_of=slot)
+        ):
             self.store.put(slot, adapter)
             return slot
-        old = self.store
-        store, slot = self._larger(adapter, slot)
-        missing = [path for path in adapter.sites if path not in old.index]
+        missing = [path for path in adapter.sites if path not in self.store.index]
         reason = (
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as {missing[0]}"
             if missing
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
-        self.store = store
-        self._renew_key()
-        self._routings.clear()
+        store, slot = self._larger(adapter, slot)
+        self._switch_to(store, reason)
+        return slot
+
+    def _switch_to(self, store: PackedStore, reason: str) -> None:
+        """All or nothing, as ``PackedStore.put`` is."""
+        old, key = self.store, self.key
         try:
+            self.store = store
+            self._renew_key()
             self._on_new_store(reason)
         except BaseException:
             self.store = old
+            self._renew_key(key)
+            self._on_new_store(None)
             raise
-        return slot
 
-    def _admit(self, adapter: AdapterWeights, slot: int | None = None) -> None:
+    def _admit(self, adapter: AdapterOutline, slot: int | None = None) -> None:
         """Nothing, where ``adapter`` fits or room may be made; ``slot``: the one that it is to replace.
 
         CapacityError: max_adapters or max_rank says no
@@ -273,8 +412,8 @@ class AdapterBank:
                 f"no room for adapter {adapter.name!r}: {len(self._slots)} are loaded and max_adapters is"
                 f" {self.max_adapters}. Unload one, or compile with a larger max_adapters."
             )
-        fits = slot is not None and self.store.find_room(adapter, instead_of=slot) is not None
-        if not fits and self.max_rank is not None and adapter.ranks and adapter.ranks[-1] > self.max_rank:
+        too_large = self.max_rank is not None and adapter.ranks and adapter.ranks[-1] > self.max_rank
+        if too_large and (slot is None or self.store.find_room(adapter.sites, instead_of=slot) is None):
             raise CapacityError(
                 f"adapter {adapter.name!r} has rank {adapter.ranks[-1]}, max_rank is {self.max_rank}."
                 " Compile with a larger max_rank."
@@ -283,10 +422,10 @@ class AdapterBank:
     def _larger(self, adapter: AdapterWeights, slot: int | None) -> tuple[PackedStore, int]:
         """A new store with what this one holds, except slot ``slot``, and with ``adapter``."""
         old = self.store
-        held = {name: at for name, at in self._slots.items() if at != slot}
-        weights = {at: self.weights_of(name) for name, at in held.items()}
-        slots = old.slots if slot is not None or old.free_slot(self._slots.values()) is not None else old.slots + 1
-        slot = slot if slot is not None else next(i for i in range(slots) if i not in self._slots.values())
+        names = {at: name for name, at in self._slots.items() if at != slot and name != adapter.name}
+        weights = {at: self._weights_in(at, name) for at, name in names.items()}
+        slots = old.slots if slot is not None else old.slots + 1
+        slot = slot if slot is not None else old.slots
         weights[slot] = adapter
         sites = {site.name: site for site in old.sites}
         for path, site in adapter.sites.items():
@@ -304,22 +443,23 @@ class AdapterBank:
 
     def weights_of(self, name: str) -> AdapterWeights:
         """What the bank holds of ``name``: views of its memory."""
-        from lorafx.adapters import SiteWeights
+        return self._weights_in(self._slot(name), name)
 
-        slot = self._slots[name]
-        sites = {}
+    def _weights_in(self, slot: int, name: str) -> AdapterWeights:
         scales = self.store.scale[slot].tolist()
-        for path in self.store.taken[slot]:
-            sites[path] = SiteWeights(*self.store.views(slot, path), scales[self.store.index[path]])
-        return AdapterWeights(name, sites)
+        return AdapterWeights(
+            name,
+            {
+                path: SiteWeights(*self.store.views(slot, path), scales[self.store.index[path]])
+                for path in self.store.taken[slot]
+            },
+        )
 
     def move(self, device: torch.device) -> None:
         """Follow the model to another device."""
-        with self._lock.writing():
-            for field in ("storage", "owner", "scale", "windows"):
-                setattr(self.store, field, getattr(self.store, field).to(device))
+        with self._changing():
+            self.store.to(device)
             self._renew_key()
-            self._routings.clear()
 
     # ------------------------------------------------------------------------------------------ looking
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from lorafx import peft_layers
-from lorafx.adapters import AdapterWeights
+from lorafx.adapters import AdapterOutline, AdapterWeights
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
@@ -110,8 +111,10 @@ class SkeletonReader:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
-    def __call__(self, name: str, source: Any) -> AdapterWeights:
-        return read_adapter(name, source, skeleton(self.root), _bank_dtype(self.root))
+    def open(self, name: str, source: Any) -> AdapterOutline:
+        if isinstance(source, AdapterWeights):
+            return dataclasses.replace(source, name=name).outline
+        return read_adapter(name, source, skeleton(self.root), _bank_dtype(self.root)).outline
 
 
 def _check_model(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -45,17 +46,17 @@ def make_routing(rows: Sequence[Pairs], device: torch.device) -> Routing:
         raise CapacityError(
             f"{len(rows)} rows name their adapters, at most {MAX_ROWS} can. Split the batch, or give one name for it."
         )
-    most = max((len(pairs) for pairs in rows), default=0)
+    most = max(map(len, rows), default=0)
     if most > MAX_PAIRS:
         raise CapacityError(
             f"{most} adapters on one row, at most {MAX_PAIRS} can be weighted together. PEFT's add_weighted_adapter"
             " makes one adapter of many."
         )
-    slots = torch.full((MAX_ROWS, MAX_PAIRS), -1, dtype=torch.int32)
-    weights = torch.zeros((MAX_ROWS, MAX_PAIRS), dtype=torch.float32)
-    filled = [[slot for slot, _ in pairs] + [-1] * (MAX_PAIRS - len(pairs)) for pairs in rows]
-    values = [[weight for _, weight in pairs] + [0.0] * (MAX_PAIRS - len(pairs)) for pairs in rows]
-    slots[: len(rows)] = torch.tensor(filled, dtype=torch.int32).view(-1, MAX_PAIRS)
-    weights[: len(rows)] = torch.tensor(values, dtype=torch.float32).view(-1, MAX_PAIRS)
-    count = torch.tensor(len(rows), dtype=torch.int64)
-    return Routing(slots.to(device), weights.to(device), count.to(device), tuple(rows))
+    # NumPy, since a new list of names comes with every batch: torch's own constructors take several times as long
+    slots = numpy.full((MAX_ROWS, MAX_PAIRS), -1, dtype=numpy.int32)
+    weights = numpy.zeros((MAX_ROWS, MAX_PAIRS), dtype=numpy.float32)
+    for column in range(most):
+        filled = [pairs[column] if column < len(pairs) else (-1, 0.0) for pairs in rows]
+        slots[: len(rows), column], weights[: len(rows), column] = zip(*filled, strict=True)
+    tensors = map(torch.from_numpy, (slots, weights, numpy.array(len(rows), dtype=numpy.int64)))
+    return Routing(*(tensor.to(device) for tensor in tensors), tuple(rows))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from lorafx import peft_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
-from lorafx.selection import NOTHING, Selection, names_in, normalize
+from lorafx.following import Follower
+from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import SiteHook
 
 log = logging.getLogger("lorafx")
@@ -25,7 +25,7 @@ log = logging.getLogger("lorafx")
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("_entry", "_making_entry", "_hooks", "_forced_eager", "graphs")
+NOT_COPIED = ("follower", "_entry", "_making_entry", "_hooks", "_forced_eager", "graphs")
 
 
 class Runtime:
@@ -43,7 +43,7 @@ class Runtime:
         self.retraces: list[str] = []  # why, each time the bank was packed anew
         self.unfused: dict[str, str] = {}  # PEFT's layers that stay as they are, and why
         self.peft: dict[str, Any] = {}  # PEFT's layers that are fused
-        self._peft_state: tuple | None = None
+        self.follower = Follower(self)
         self._begin()
 
     def _begin(self) -> None:
@@ -59,7 +59,7 @@ class Runtime:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.graphs, self._peft_state = [], None
+        self.graphs, self.follower = [], Follower(self)
         self._begin()
         self._connect_bank()
 
@@ -77,14 +77,14 @@ class Runtime:
         tuner = peft_layers.tuner_of(self.model)
         if tuner is not None:
             vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
-        self._follow_model()
+        self.follower.follow()
 
     def remove(self) -> None:
         """Take everything off again."""
         for hook in self._hooks:
             hook.remove()
         for module in self.root.modules():
-            self._drop_hooks(module)
+            self.drop_hooks(module)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             peft_layers.release(layer)
@@ -97,7 +97,7 @@ class Runtime:
             for name in names if module is not None else ():
                 vars(module).pop(name, None)
 
-    def _drop_hooks(self, module: nn.Module) -> None:
+    def drop_hooks(self, module: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, SiteHook) and hook.bank is self.bank:
                 del module._forward_hooks[key]
@@ -106,7 +106,7 @@ class Runtime:
     def _connect_bank(self) -> None:
         self.bank._on_new_store = self._on_new_store
         self.bank._guard_use = self._guard_use
-        self.bank._follow = self._follow_model
+        self.bank._follow = self.follower.follow
 
     def _attach_sites(self) -> None:
         """Hooks on plain layers, PEFT's layers adapted; each told its place in the bank."""
@@ -124,20 +124,25 @@ class Runtime:
             else:
                 module = self.root.get_submodule(path)
                 self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
+        for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
+            self.drop_hooks(self.root.get_submodule(path))
         peft_layers.share_memory(self.peft, self.bank)
         for layer in self.peft.values():
             if not any(isinstance(h, peft_layers.ContiguousStateDict) for h in layer._state_dict_hooks.values()):
                 self._hooks.append(layer.register_state_dict_post_hook(peft_layers.ContiguousStateDict()))
 
-    def _on_new_store(self, reason: str) -> None:
+    def _on_new_store(self, reason: str | None) -> None:
+        """``reason`` says why the bank was packed anew; None: it was not, after all."""
         self._attach_sites()
+        if reason is None:
+            return
         if not self.eager and self._entry is not None:
-            self.retraces.append(reason)
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
+            self.retraces.append(reason)
         self._entry = None
 
     def _guard_use(self, selection: Selection) -> None:
-        if self._peft_gone and names_in(selection):
+        if self.follower.gone and names_in(selection):
             raise UnsupportedModelError(
                 "PEFT has taken its layers off this model (unload, merge_and_unload), so no adapter can be chosen."
                 " lorafx.uncompile(model), then compile what is left with adapters of its own."
@@ -152,13 +157,15 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ calling
 
     @contextmanager
-    def selected(self, names: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Iterator[None]:
-        """One call with ``adapter_names`` of its own.
+    def selected(
+        self, names: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, *, generating: bool = False
+    ) -> Iterator[None]:
+        """One call with ``adapter_names`` of its own; ``generating``: a call of many forwards.
 
         AdapterMismatchError: an unknown name, or not one name for each row
         """
-        self._follow_model()
-        selection = self.bank._known(normalize(names))
+        selection = normalize(names)
+        self.follower.follow(names_in(selection))
         self._guard_use(selection)
         batch = self.batch_of(args, kwargs or {})
         if isinstance(names, (list, tuple)) and batch is not None and len(names) != batch:
@@ -166,7 +173,7 @@ class Runtime:
                 f"got {len(names)} adapter_names for a batch of {batch} rows; expected one name for each row"
                 " (None or '__base__' for the base model)"
             )
-        with self.bank.calling(selection, batch):
+        with self.bank.calling(selection, batch), self.bank.held(selection) if generating else nullcontext():
             yield
 
     @contextmanager
@@ -180,18 +187,19 @@ class Runtime:
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         names = kwargs.pop("adapter_names", None)
-        self._follow_model()
         with ExitStack() as stack:
-            if names is not None:
+            if names is None:
+                self.follower.follow(())
+            else:
                 stack.enter_context(self.selected(names, args, kwargs))
             stack.enter_context(self.bank.calling(None, self.batch_of(args, kwargs)))
-            stack.enter_context(self.bank.reading())
+            stack.enter_context(self.bank.forward())
             self._check_rows()
             return self.entry()(*args, **kwargs)
 
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
-        if self.eager or self._forced_eager or not self._peft_agrees or self._needs_eager():
+        if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
             return self.root._call_impl
         with self._making_entry:  # threads that come first together share one
             if self._entry is None:
@@ -227,94 +235,6 @@ class Runtime:
                 f"adapters are chosen for {rows} rows, the batch has {batch}; expected a multiple (generate repeats"
                 " rows for beams). Call model.lora.use with one name, or one for each row."
             )
-        self.bank.routing()  # what it refuses is refused here: Dynamo wraps what is raised while it traces
-
-    # ------------------------------------------------------------------------------------------ following the model
-
-    _peft_agrees = True
-    _peft_gone = False
-
-    def _follow_model(self) -> None:
-        """Notice, before each call, what was changed from outside: PEFT's switches, weights that moved."""
-        if self.peft:
-            self._follow_peft()
-        store = self.bank.store
-        if store.sites:
-            module = self.root.get_submodule(store.sites[0].name)
-            weight = next(module.parameters(), None)
-            if weight is not None and weight.device != store.storage.device and weight.device.type != "meta":
-                self.bank.move(weight.device)
-                self._entry = None
-
-    def _follow_peft(self) -> None:
-        path, layer = next(iter(self.peft.items()))
-        if self.root.get_submodule(path) is not layer:
-            self._peft_gone, self.bank._chosen, self.bank._fallback = True, None, NOTHING
-            return
-        names, spoken = peft_layers.active_names(self.peft), peft_layers.last_set(self.peft)
-        self.bank._disabled = peft_layers.disabled(self.peft)
-        state = self._peft_fingerprint()
-        if self._peft_state is None or state != self._peft_state[1]:
-            with self.bank._lock.writing():
-                new, store = self._find_new_layers(), self.bank.store
-                self._repack()
-                if new and self.bank.store is store:  # room was reserved; but the layer is another object now
-                    self._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
-            state = self._peft_fingerprint()
-        if self._peft_state is not None and spoken is not self._peft_state[2]:
-            self.bank._chosen = None  # PEFT's set_adapter spoke last
-        if self._peft_state is None or names != self._peft_state[0]:
-            self._peft_agrees = names is not None and all(name in self.bank for name in names)
-            self.bank._fallback = (tuple((name, 1.0) for name in names),) if self._peft_agrees else NOTHING
-            if names is None:
-                warn_once(
-                    "lorafx: merged adapters, or layers whose active adapters differ: this model runs as PEFT computes"
-                    " it, uncompiled, until unmerge_adapter() or set_adapter() makes the layers agree."
-                )
-        self._peft_state = (names, state, spoken)
-
-    def _peft_fingerprint(self) -> tuple:
-        return tuple(getattr(self.root, "peft_config", ())), peft_layers.fingerprint(self.peft)
-
-    def _find_new_layers(self) -> list[str]:
-        """PEFT's load_adapter may have adapted layers that no adapter did before. Returns their paths."""
-        layers, unfused = peft_layers.supported_layers(self.root)
-        new = {path: layer for path, layer in layers.items() if path not in self.peft}
-        for layer in new.values():
-            self._drop_hooks(layer.base_layer)  # which stood for room that was reserved
-        self.peft.update(new)
-        self.unfused = {path: reason for path, reason in unfused.items() if path not in self.peft}
-        return list(new)
-
-    def _repack(self) -> None:
-        """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved."""
-        current = {adapter.name: adapter for adapter in peft_layers.adapters_on(self.peft)}
-        for name in [name for name in self.bank.names if name not in current]:
-            self.bank.store.clear(self.bank._slots.pop(name))
-            self.bank._routings.clear()
-        for name, adapter in current.items():
-            if name not in self.bank:
-                slot = self.bank.store.free_slot(self.bank._slots.values())
-                self.bank._slots[name] = self.bank._place(adapter, slot)
-                self.bank._routings.clear()
-            elif not self._same(name, adapter):
-                copied = copy.deepcopy(adapter)  # it may be views of the very rows that are written
-                self.bank._place(copied, self.bank._slots[name])
-        peft_layers.share_memory(self.peft, self.bank)
-
-    def _same(self, name: str, adapter: Any) -> bool:
-        """The bank's rows are this adapter's memory; scales are brought up to date on the way."""
-        held = self.bank.weights_of(name)
-        if held.sites.keys() != adapter.sites.keys():
-            return False
-        for path, site in adapter.sites.items():
-            mine = held.sites[path]
-            if mine.a.data_ptr() != site.a.data_ptr() or mine.b.data_ptr() != site.b.data_ptr():
-                return False
-        for path, site in adapter.sites.items():
-            if held.sites[path].scale != site.scale:
-                self.bank.store.set_scale(self.bank._slots[name], path, site.scale)
-        return True
 
 
 class RootCall:
@@ -343,7 +263,7 @@ class Generate:
         root = self.runtime.root
         if adapter_names is None:
             return type(root).generate(root, *args, **kwargs)
-        with self.runtime.selected(adapter_names, args, kwargs):
+        with self.runtime.selected(adapter_names, args, kwargs, generating=True):
             return type(root).generate(root, *args, **kwargs)
 
 

@@ -8,15 +8,19 @@ worked example of the tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
-from lorafx.adapters import AdapterWeights
+from lorafx.adapters import AdapterWeights, SiteShape
 from lorafx.errors import CapacityError
+from lorafx.packing import Layout, Piece, Run, copy_all, find_runs, sources, targets
 from lorafx.passes.context import SiteGeometry
+from lorafx.placing import Room, Window, find_room
 
 ALIGNMENT = 16  # elements: 64 bytes in float32, what a vector load and a cache line want
 
@@ -35,12 +39,13 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Window:
-    """The rows of one adapter at one site: ``start .. start + rank`` of A and B, and the row of B with its bias."""
+class Held:
+    """What a slot holds, kept so that numbers of the same layout are written at once: the runs and their views."""
 
-    start: int
-    rank: int
-    bias_row: int = -1
+    layout: Layout
+    columns: list[int]  # of its sites, in the tables
+    runs: list[Run]
+    views: list[Tensor]
 
 
 def order_sites(sites: Iterable[Site]) -> list[Site]:
@@ -112,53 +117,39 @@ class PackedStore:
         last = self.geometry[-1] if self.geometry else None
         size = last.b_offset + last.lanes * last.out_features if last else 0
         lanes = last.lane + last.lanes if last else 0
-        self.storage = torch.zeros(size, dtype=dtype, device=device)
         small = max([slots, *(g.lanes for g in self.geometry)]) <= torch.iinfo(torch.int16).max
-        whole = torch.int16 if small else torch.int32
-        self.owner = torch.full((lanes,), -1, dtype=whole, device=device)
-        self.scale = torch.zeros((slots, len(self.sites)), dtype=torch.float32, device=device)
-        self.windows = torch.zeros((slots, len(self.sites), 3), dtype=whole, device=device)
-        self.windows[..., 2] = -1
+        whole = numpy.int16 if small else numpy.int32
+        # the tables are written here, then copied whole to where the kernels read them
+        self._owner = numpy.full(lanes, -1, dtype=whole)
+        self._scale = numpy.zeros((slots, len(self.sites)), dtype=numpy.float32)
+        self._windows = numpy.zeros((slots, len(self.sites), 3), dtype=whole)
+        self._windows[..., 2] = -1
+        self.storage = torch.zeros(size, dtype=dtype, device=device)
+        self.owner, self.scale, self.windows = (
+            torch.tensor(table, device=device) for table in (self._owner, self._scale, self._windows)
+        )
         self.taken: list[dict[str, Window]] = [{} for _ in range(slots)]  # by slot, by site
+        self._held: list[Held | None] = [None] * slots
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_held": [None] * self.slots}  # views: a copy makes its own
+
+    def to(self, device: torch.device) -> None:
+        """Move all memory."""
+        moved = {field: getattr(self, field).to(device) for field in ("storage", "owner", "scale", "windows")}
+        vars(self).update(moved, _held=[None] * self.slots)
 
     # -------------------------------------------------------------------------------------------- room
 
-    def find_room(self, adapter: AdapterWeights, instead_of: int | None = None) -> dict[str, Window] | None:
-        """Rows for ``adapter``, as if slot ``instead_of`` were empty; None if some site has too few left in a row."""
-        windows: dict[str, Window] = {}
-        for path, site in adapter.sites.items():
-            room = None
-            if path in self.index:
-                room = self._room_at(path, site.rank, site.bias is not None, instead_of)
-            if room is None:
-                return None
-            windows[path] = room
-        return windows
+    def find_room(self, shapes: Mapping[str, SiteShape], instead_of: int | None = None) -> Room | None:
+        """Rows for an adapter of these shapes, as if slot ``instead_of`` were empty; None if there are too few."""
+        geometry = {g.name: g for g in self.geometry}
+        return find_room(geometry, self.taken, shapes, instead_of)
 
-    def _room_at(self, path: str, rank: int, bias: bool, instead_of: int | None) -> Window | None:
-        geometry = self.geometry[self.index[path]]
-        used = sorted(
-            (w.start, w.start + w.rank)
-            for slot, windows in enumerate(self.taken)
-            if slot != instead_of and (w := windows.get(path))
-        )
-        bias_rows = {
-            windows[path].bias_row for slot, windows in enumerate(self.taken) if slot != instead_of and path in windows
-        }
-        start = 0
-        for begin, end in used:
-            if start + rank <= begin:
-                break
-            start = end
-        if start + rank > geometry.capacity:
-            return None
-        bias_row = -1
-        if bias:
-            free = [row for row in range(geometry.capacity, geometry.lanes) if row not in bias_rows]
-            if not free:
-                return None
-            bias_row = free[0]
-        return Window(start, rank, bias_row)
+    def holds(self, slot: int, layout: Layout | None) -> bool:
+        """Whether ``slot`` holds an adapter of this layout, so that another one is only a copy of its numbers."""
+        held = self._held[slot]
+        return held is not None and held.layout is layout
 
     def free_slot(self, used: Iterable[int]) -> int | None:
         busy = set(used)
@@ -172,62 +163,91 @@ class PackedStore:
 
         CapacityError: no room
         """
-        windows = self.find_room(adapter, instead_of=slot)
-        if windows is None:
+        adapter = adapter.packed(self.storage.dtype, self.storage.device)
+        if self.holds(slot, adapter.layout):
+            self._rewrite(slot, adapter, self._held[slot])
+            return
+        room = self.find_room(adapter.outline.sites, instead_of=slot)
+        if room is None:
             raise CapacityError(f"adapter {adapter.name!r} needs more rank rows than are free at some layer")
-        saved = self._save(slot, windows)
-        try:
+        runs = find_runs(self._pieces(room.windows.items(), adapter.layout))
+        with self._all_or_nothing(slot, room):
             self._clear(slot)
-            for path, site in adapter.sites.items():
-                a, b, bias = self._rows(path, windows[path])
-                a.copy_(site.a)
-                b.copy_(site.b.t())
-                if bias is not None:
-                    bias.copy_(site.bias)
-                self._describe(slot, path, windows[path], site.scale)
-            self.taken[slot] = windows
+            self._move(room.moved)
+            self._describe(slot, room.windows, adapter)
+            views = targets(self.storage, runs)
+            copy_all(views, sources(adapter.flat, runs))
+            self._held[slot] = Held(adapter.layout, [self.index[path] for path in room.windows], runs, views)
+
+    def _rewrite(self, slot: int, adapter: AdapterWeights, held: Held) -> None:
+        """The same rows with other numbers. Saving the old ones first would double the cost: the one call that writes
+        them is the last thing done, and nothing can stop it half-way."""
+        scale = self._scale[slot].copy()
+        try:
+            self._scale[slot, held.columns] = adapter.scales
+            if not numpy.array_equal(scale, self._scale[slot]):
+                self.scale[slot].copy_(torch.from_numpy(self._scale[slot]))
+            copy_all(held.views, sources(adapter.flat, held.runs))
         except BaseException:
-            self._restore(saved)
+            self._scale[slot] = scale
+            self.scale[slot].copy_(torch.from_numpy(scale))
             raise
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Forget what ``slot`` holds; its rows become zero, which the ATen lowering relies on."""
-        saved = self._save(slot, {})
-        try:
+        with self._all_or_nothing(slot, Room()):
             self._clear(slot)
-            self.taken[slot] = {}
-        except BaseException:
-            self._restore(saved)
-            raise
+            self._write_tables()
 
     @torch.no_grad()
     def set_scale(self, slot: int, path: str, scale: float) -> None:
         """A new scale for one site of one adapter."""
-        self._describe(slot, path, self.taken[slot][path], scale)
+        column = self.index[path]
+        self._scale[slot, column] = scale
+        self.scale[slot, column] = scale
 
     def _clear(self, slot: int) -> None:
+        for rows in self._views(self.taken[slot].items()):
+            rows.zero_()
         for path, window in self.taken[slot].items():
-            for rows in self._rows(path, window):
-                if rows is not None:
-                    rows.zero_()
-            geometry = self.geometry[self.index[path]]
-            for first, count in self._lanes(geometry, window):
-                self.owner[first : first + count] = -1
-        self.scale[slot] = 0
-        self.windows[slot] = torch.tensor([0, 0, -1])
+            self._own(-1, path, window)
+        self.taken[slot], self._held[slot] = {}, None
+        self._scale[slot], self._windows[slot] = 0, (0, 0, -1)
 
-    def _describe(self, slot: int, path: str, window: Window, scale: float) -> None:
-        geometry = self.geometry[self.index[path]]
-        for first, count in self._lanes(geometry, window):
-            self.owner[first : first + count] = slot
-        self.scale[slot, geometry.column] = scale
-        self.windows[slot, geometry.column] = torch.tensor([window.start, window.rank, window.bias_row])
+    def _move(self, moved: Mapping[str, Mapping[int, Window]]) -> None:
+        """Rows of other adapters to lower rows of the same sites; in ascending order none is written over."""
+        for path, windows in moved.items():
+            for slot, window in windows.items():
+                old = self.taken[slot][path]
+                a, b, _ = self._rows(path, old)
+                kept = a.clone(), b.clone()
+                a.zero_(), b.zero_()
+                for rows, numbers in zip(self._rows(path, window), kept, strict=False):
+                    rows.copy_(numbers)
+                self._own(-1, path, old)
+                self._own(slot, path, window)
+                self.taken[slot] = {**self.taken[slot], path: window}
+                self._windows[slot, self.index[path]] = (window.start, window.rank, window.bias_row)
+                self._held[slot] = None
 
-    @staticmethod
-    def _lanes(geometry: SiteGeometry, window: Window) -> list[tuple[int, int]]:
-        runs = [(geometry.lane + window.start, window.rank)]
-        return runs if window.bias_row < 0 else [*runs, (geometry.lane + window.bias_row, 1)]
+    def _describe(self, slot: int, windows: dict[str, Window], adapter: AdapterWeights) -> None:
+        for path, window in windows.items():
+            self._own(slot, path, window)
+            self._windows[slot, self.index[path]] = (window.start, window.rank, window.bias_row)
+            self._scale[slot, self.index[path]] = adapter.sites[path].scale
+        self.taken[slot] = windows
+        self._write_tables()
+
+    def _own(self, slot: int, path: str, window: Window) -> None:
+        lane = self.geometry[self.index[path]].lane
+        self._owner[lane + window.start : lane + window.start + window.rank] = slot
+        if window.bias_row >= 0:
+            self._owner[lane + window.bias_row] = slot
+
+    def _write_tables(self) -> None:
+        for table, kept in ((self.owner, self._owner), (self.scale, self._scale), (self.windows, self._windows)):
+            table.copy_(torch.from_numpy(kept))
 
     def _rows(self, path: str, window: Window) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views: A ``[rank, in]``, B ``[rank, out]``, bias ``[out]`` or None."""
@@ -237,17 +257,45 @@ class PackedStore:
         rows = slice(window.start, window.start + window.rank)
         return a[rows], b[rows], b[window.bias_row] if window.bias_row >= 0 else None
 
-    def _save(self, slot: int, windows: Mapping[str, Window]) -> tuple:
-        touched = [*self.taken[slot].items(), *windows.items()]
-        rows = [[(view, view.clone()) for view in self._rows(*item) if view is not None] for item in touched]
-        tables = [(table, table.clone()) for table in (self.owner, self.scale, self.windows)]
-        return [pair for pairs in rows for pair in pairs] + tables, slot, self.taken[slot]
+    def _pieces(self, windows: Iterable[tuple[str, Window]], layout: Layout | None = None) -> Iterator[Piece]:
+        """The rows of these windows, and where a packed adapter has them. Layers of one name make runs."""
+        for path, window in windows:
+            g = self.geometry[self.index[path]]
+            starts = (
+                g.a_offset + window.start * g.in_features,
+                g.b_offset + window.start * g.out_features,
+                g.b_offset + window.bias_row * g.out_features,
+            )
+            lengths = (window.rank * g.in_features, window.rank * g.out_features, g.out_features)
+            kind = path.rpartition(".")[2]
+            packed = layout.offsets[path] if layout is not None else starts
+            for part in range(2 if window.bias_row < 0 else 3):
+                yield Piece((kind, part), starts[part], packed[part], lengths[part])
 
-    def _restore(self, saved: tuple) -> None:
-        pairs, slot, taken = saved
-        for view, old in pairs:
-            view.copy_(old)
-        self.taken[slot] = taken
+    def _views(self, windows: Iterable[tuple[str, Window]]) -> list[Tensor]:
+        """All rows of these windows, as few views."""
+        return targets(self.storage, find_runs(self._pieces(windows)))
+
+    @contextmanager
+    def _all_or_nothing(self, slot: int, room: Room) -> Iterator[None]:
+        """Whatever stops what is done inside, all rows and tables that it may touch are put back."""
+        touched = [*self.taken[slot].items(), *room.windows.items()]
+        for path, windows in room.moved.items():
+            for other, window in windows.items():
+                touched += [(path, self.taken[other][path]), (path, window)]
+        rows = [(view, view.clone()) for view in self._views(touched)]
+        kept = [(table, table.copy()) for table in (self._owner, self._scale, self._windows)]
+        taken, held = list(self.taken), list(self._held)
+        try:
+            yield
+        except BaseException:
+            for view, old in rows:
+                view.copy_(old)
+            for table, before in kept:
+                table[...] = before
+            self._write_tables()
+            self.taken, self._held = taken, held
+            raise
 
     # -------------------------------------------------------------------------------------------- reading
 
