@@ -7,7 +7,7 @@ views of the bank: PEFT's own edits in place are seen by the fused ops at once, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafx import hotswap
 from lorafx.adapters import AdapterWeights, SiteWeights
 from lorafx.errors import UnsupportedModelError
 from lorafx.selection import Selection
@@ -54,6 +56,12 @@ class AdaptedLinear(PeftLinear):
         if needs_gradients(self):
             return self._with_gradients(chosen, x, *args, **kwargs)
         return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, with a list of its own: another object tells that ``set_adapter`` was called."""
+        if isinstance(adapter_names, list) and adapter_names is not self._active_adapter:
+            adapter_names = list(adapter_names)
+        super().set_adapter(adapter_names, inference_mode)
 
     def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The selection row by row, through PEFT's own modules, so that every gradient is there."""
@@ -129,13 +137,17 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
         else:
             layers[path] = module
-    dtypes = {p.dtype for layer in layers.values() for p in _parameters(layer)}
-    if len(dtypes) > 1:
-        main = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-        for path in [path for path, layer in layers.items() if any(p.dtype != main for p in _parameters(layer))]:
-            skipped[path] = f"its adapter is not in {main}, as those of other layers are"
-            del layers[path]
+    main = dtype_of(layers)
+    for path in [path for path, layer in layers.items() if any(p.dtype != main for p in _parameters(layer))]:
+        skipped[path] = f"its adapter is not in {main}, as those of other layers are"
+        del layers[path]
     return layers, skipped
+
+
+def dtype_of(layers: dict[str, PeftLinear]) -> torch.dtype | None:
+    """The widest dtype of their adapters; None where there are none."""
+    dtypes = {p.dtype for layer in layers.values() for p in _parameters(layer)}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=None)
 
 
 def _parameters(layer: PeftLinear) -> Iterator[nn.Parameter]:
@@ -167,6 +179,7 @@ def _weights(layer: PeftLinear, name: str) -> SiteWeights:
 
 
 def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
+    hotswap.mend(AdaptedLinear)
     layer.__class__ = AdaptedLinear
     vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
 
@@ -177,9 +190,9 @@ def release(layer: AdaptedLinear) -> None:
         vars(layer).pop(name, None)
 
 
-def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank) -> None:
-    """Make the parameters of these layers views of the bank, which holds the same numbers."""
-    for name in bank.names:
+def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank, names: Iterable[str] | None = None) -> None:
+    """Make the parameters of these adapters (None: all) views of the bank, which holds the same numbers."""
+    for name in bank.names if names is None else names:
         for path in bank.store.taken[bank._slots[name]]:
             if path in layers and name in layers[path].lora_A:
                 a, b, bias = bank.store.views(bank._slots[name], path)
@@ -209,41 +222,36 @@ class ContiguousStateDict:
 # ------------------------------------------------------------------------------------------------ PEFT's switches
 
 
-def active_names(layers: dict[str, PeftLinear]) -> tuple[str, ...] | None:
-    """The adapters that ``set_adapter`` made active; None if the layers disagree or hold merged weights.
+def active_names(layers: dict[str, PeftLinear]) -> tuple[tuple[str, ...], str | None]:
+    """(the adapters that ``set_adapter`` made active, why the fused ops can't do what PEFT's switches say or None).
 
     A layer says nothing about adapters that it does not have.
     """
+    merged = dict.fromkeys(name for layer in layers.values() for name in layer.merged_adapters)
+    if merged:
+        return (), f"{', '.join(merged)} merged into the base weights (unmerge_adapter() ends that)"
+    if len({layer.disable_adapters for layer in layers.values()}) > 1:
+        return (), "adapters are disabled in some layers only (enable_adapter_layers() ends that)"
     active: dict[str, None] = {}
     effective = []
     for layer in layers.values():
-        if layer.merged_adapters:
-            return None
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         active.update(dict.fromkeys(names))
         effective.append((layer, names))
-    agree = all(len(names) == sum(name in layer.lora_A for name in active) for layer, names in effective)
-    return tuple(active) if agree else None
-
-
-def last_set(layers: dict[str, PeftLinear]) -> object:
-    """Another object after each call of ``set_adapter``, even one that changes nothing."""
-    return next(iter(layers.values())).active_adapter
+    if any(len(names) != sum(name in layer.lora_A for name in active) for layer, names in effective):
+        return (), "layers differ in which adapters are active (set_adapter() ends that)"
+    return tuple(active), None
 
 
 def disabled(layers: dict[str, PeftLinear]) -> bool:
     """``disable_adapter`` is in force; PEFT sets it on every layer."""
-    return any(layer._disable_adapters for layer in layers.values())
+    return any(layer.disable_adapters for layer in layers.values())
 
 
-def fingerprint(layers: dict[str, PeftLinear]) -> tuple:
-    """Everything that PEFT's verbs change and that the bank mirrors; cheap enough for every call."""
-    marks: list[Any] = []
-    for layer in layers.values():
-        marks += layer.scaling.values()
-        for name, module in layer.lora_A.items():
-            marks += (name, module.weight.data_ptr(), layer.lora_B[name].weight.data_ptr())
-    return tuple(marks)
+def hooked_by_name(layers: dict[str, PeftLinear]) -> bool:
+    """PEFT's own way of telling its layers their ``adapter_names`` is in force: hooks, for one call, on each layer."""
+    hooks = next(iter(layers.values()))._forward_pre_hooks.values() if layers else ()
+    return any(getattr(hook, "func", None) is _adapter_names_pre_forward_hook for hook in hooks)
 
 
 class ForwardHooks:

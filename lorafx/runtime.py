@@ -126,7 +126,6 @@ class Runtime:
                 self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
-        peft_layers.share_memory(self.peft, self.bank)
         for layer in self.peft.values():
             if not any(isinstance(h, peft_layers.ContiguousStateDict) for h in layer._state_dict_hooks.values()):
                 self._hooks.append(layer.register_state_dict_post_hook(peft_layers.ContiguousStateDict()))

@@ -1,0 +1,195 @@
+"""Notices, before each call, what PEFT's verbs or the user have changed on the model, and brings the bank up to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorafx import peft_layers
+from lorafx.adapters import AdapterWeights
+from lorafx.bank import warn_once
+from lorafx.errors import UnsupportedModelError
+from lorafx.peft_loading import PeftLoader
+from lorafx.peft_state import PeftState
+from lorafx.routing import MAX_PAIRS
+from lorafx.selection import NOTHING, names_in
+from lorafx.store import PackedStore
+
+if TYPE_CHECKING:
+    from lorafx.runtime import Runtime
+
+
+class Follower:
+    """Keeps the bank of ``runtime`` in step with its model.
+
+    gone: PEFT has taken its layers off the model
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._agrees = True
+        self.gone = False
+        self._state: PeftState | None = None
+        self._without: list[str] = []  # PEFT's adapters that are on no layer of ours
+        self._anchor: tuple[PackedStore | None, dict[str, Any]] = None, {}  # parameters that say where the model is
+
+    def follow(self, names: Iterable[str] | None = None) -> None:
+        """``names``: adapters that the call to come may use, besides those in use; None: any.
+
+        Read under the lock of the forwards, so that nothing is seen of a change of the bank that is under way.
+        """
+        bank = self.runtime.bank
+        with bank.reading():
+            if self._holds(names):
+                return
+        with bank._changing():
+            if not self._holds(names):
+                self._bring_up()
+
+    def agrees(self) -> bool:
+        """What PEFT has set up for the call under way is something that the fused ops can do."""
+        return self._agrees and not peft_layers.hooked_by_name(self.runtime.peft)
+
+    def _holds(self, names: Iterable[str] | None) -> bool:
+        runtime = self.runtime
+        if self._device() != runtime.bank.store.storage.device:
+            return False
+        if self._state is None:
+            return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
+        return self._state.holds(runtime.bank.names if names is None else {*names, *names_in(runtime.bank.in_use)})
+
+    def _device(self) -> torch.device:
+        """Where the first site's layer is; the bank's own if that can't be told."""
+        store = self.runtime.bank.store
+        if self._anchor[0] is not store:
+            layer = self.runtime.root.get_submodule(store.sites[0].name) if store.sites else nn.Module()
+            self._anchor = store, getattr(layer, "base_layer", layer)._parameters
+        weight = next((p for p in self._anchor[1].values() if p is not None), store.storage)
+        if weight.device.type == "meta":
+            raise UnsupportedModelError(
+                f"the weights of {store.sites[0].name} are on the meta device: offloaded by accelerate, or moved there."
+                " Load the model onto one device (device_map={'': device}), or lorafx.uncompile(model) first."
+            )
+        return weight.device
+
+    def _bring_up(self) -> None:
+        """Alone with the bank."""
+        runtime, bank = self.runtime, self.runtime.bank
+        if self._device() != bank.store.storage.device:
+            bank.move(self._device())
+            runtime._entry = None
+        if self._state is not None and not self._state.attached():
+            self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
+        if self.gone:
+            return
+        self._check_no_other_adapters()
+        new, store = self._find_new_layers(), bank.store
+        if not runtime.peft:
+            self._without = list(vars(runtime.root).get("peft_config", ()))
+            return
+        if bank._peft is None:  # PEFT has come to a model that was compiled without it
+            bank._peft, bank._read = PeftLoader(runtime.model, runtime.root), None
+        self._follow_dtype()
+        self._repack()
+        if new and bank.store is store:  # room was reserved; but the layer is another object now
+            runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
+        state = PeftState(runtime.root, runtime.peft)
+        if self._state is not None and state.spoken is not self._state.spoken:
+            bank._chosen = None  # PEFT's set_adapter spoke last
+        self._read_switches()
+        self._state = state
+
+    def _check_no_other_adapters(self) -> None:
+        bank, names = self.runtime.bank, list(vars(self.runtime.root).get("peft_config", ()))
+        if names and bank._peft is None and (bank.names or bank._shelf is not None):
+            raise UnsupportedModelError(
+                f"PEFT has put adapters ({', '.join(names)}) on a model that lorafx has given others"
+                f" ({', '.join(bank.names) or 'an AdapterStore'}). Take the former off with model.delete_adapter, or"
+                " the latter with model.lora.unload."
+            )
+
+    def _follow_dtype(self) -> None:
+        """An empty store of another dtype, which is then filled from PEFT's layers."""
+        bank, old = self.runtime.bank, self.runtime.bank.store
+        dtype = peft_layers.dtype_of(self.runtime.peft)
+        if dtype is None or dtype == old.storage.dtype:
+            return
+        capacities, biases = ({g.name: getattr(g, part) for g in old.geometry} for part in ("capacity", "biases"))
+        store = PackedStore(old.sites, capacities, biases, old.slots, dtype, old.storage.device)
+        bank._commit({}, lambda: bank._switch_to(store, f"the adapters are {dtype} now"))
+
+    def _read_switches(self) -> None:
+        bank, layers = self.runtime.bank, self.runtime.peft
+        names, reason = peft_layers.active_names(layers)
+        if any(path in layers for path in self.runtime.unfused):
+            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
+        if reason is None and len(names) > MAX_PAIRS:
+            reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
+        self._agrees = reason is None
+        bank._disabled = self._agrees and peft_layers.disabled(layers)
+        bank._fallback = (tuple((name, 1.0) for name in names),) if self._agrees else NOTHING
+        if reason is not None:
+            warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
+
+    def _find_new_layers(self) -> list[str]:
+        """PEFT's load_adapter may have adapted layers that no adapter did before. Returns their paths."""
+        runtime = self.runtime
+        layers, unfused = peft_layers.supported_layers(runtime.root)
+        new = {path: layer for path, layer in layers.items() if path not in runtime.peft}
+        for layer in new.values():
+            runtime.drop_hooks(layer.base_layer)  # which stood for room that was reserved
+        runtime.peft.update(new)
+        runtime.unfused = {
+            path: reason
+            for path, reason in unfused.items()
+            if path not in runtime.peft or runtime.peft[path].lora_variant
+        }
+        return list(new)
+
+    def _repack(self) -> None:
+        """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved.
+
+        What is to be written is copied first: it may be views of the very rows that are written.
+        """
+        bank, layers = self.runtime.bank, self.runtime.peft
+        adapters = peft_layers.adapters_on(layers)
+        changed = {
+            adapter.name: adapter.packed(bank.store.storage.dtype, bank.store.storage.device)
+            for adapter in adapters
+            if adapter.name not in bank._slots or not self._same(adapter)
+        }
+        for name in bank._slots.keys() - {adapter.name for adapter in adapters}:
+            slots = {k: v for k, v in bank._slots.items() if k != name}
+            bank._commit(slots, lambda slot=bank._slots[name]: bank.store.clear(slot))
+        try:
+            while changed:
+                self._put(next(iter(changed.values())))
+                del changed[next(iter(changed))]
+        finally:  # rows of other adapters may have moved
+            peft_layers.share_memory(layers, bank, bank._slots.keys() - changed.keys())
+
+    def _put(self, adapter: AdapterWeights) -> None:
+        bank = self.runtime.bank
+        slot = bank._slots.get(adapter.name)
+        if slot is None:
+            slot = bank.store.free_slot(bank._slots.values())
+        slots = {**bank._slots, adapter.name: slot if slot is not None else bank.store.slots}
+        bank._commit(slots, lambda: bank._place(adapter, slot))
+
+    def _same(self, adapter: AdapterWeights) -> bool:
+        """The bank's rows are this adapter's memory; scales are brought up to date on the way."""
+        bank = self.runtime.bank
+        held = bank.weights_of(adapter.name)
+        if held.sites.keys() != adapter.sites.keys():
+            return False
+        for path, site in adapter.sites.items():
+            for mine, theirs in zip(held.sites[path].tensors(), site.tensors(), strict=True):
+                if mine.data_ptr() != theirs.data_ptr() or mine.shape != theirs.shape:
+                    return False
+        for path, site in adapter.sites.items():
+            if held.sites[path].scale != site.scale:
+                bank.store.set_scale(bank._slots[adapter.name], path, site.scale)
+        return True

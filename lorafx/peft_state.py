@@ -1,0 +1,91 @@
+"""What PEFT's layers say now, kept so that each call can tell, in microseconds, whether anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PeftState:
+    """A record of everything that PEFT's verbs, and moves of weights, change on ``layers``, which are in ``root``.
+
+    It keeps what it compares with, so no identity can be used again for something else meanwhile. ``holds`` runs
+    before every call: it leaves its loops to C where that is possible.
+    """
+
+    def __init__(self, root: nn.Module, layers: Mapping[str, Any]) -> None:
+        self._root = vars(root)
+        self._way = _way_to(root, next(iter(layers)))
+        self._layers = [vars(layer) for layer in layers.values()]
+        self._tables = [part._modules for layer in layers.values() for part in (layer.lora_A, layer.lora_B)]
+        self._modules = self._read_modules()
+        self._parameters: dict[str, list[dict[str, Any]]] = {}
+        for table in self._tables:
+            for name, module in table.items():
+                self._parameters.setdefault(name, []).append(module._parameters)
+        self._addresses = {name: self._read_addresses(name) for name in self._parameters}
+        self._scales = self._read_scales()
+        # those that hotswapping made tensors are filled in place; reading their value would wait for the device
+        self._tensors = [scale for scale in self._scales if isinstance(scale, Tensor)]
+        self._versions = self._read_versions()
+        self._names = list(self._read_names())
+        self._active = [list(names) for names in self._read("_active_adapter")]
+        self._disabled = self._read("_disable_adapters")
+        self._merged = [list(names) for names in self._read("merged_adapters")]
+        self.spoken = self._layers[0]["_active_adapter"]  # another object after each set_adapter, whatever it sets
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Nothing has changed; whether weights have moved is looked at for the adapters ``names`` only."""
+        return (
+            self.attached()
+            and self._layers[0]["_active_adapter"] is self.spoken
+            and list(self._read_names()) == self._names
+            and self._read("_disable_adapters") == self._disabled
+            and self._read("merged_adapters") == self._merged
+            and list(map(list, self._read("_active_adapter"))) == self._active
+            and self._read_modules() == self._modules
+            and _same_objects(self._read_scales(), self._scales)
+            and self._read_versions() == self._versions
+            and all(self._read_addresses(name) == self._addresses[name] for name in names if name in self._addresses)
+        )
+
+    def attached(self) -> bool:
+        """The layers are in the model still."""
+        return all(children.get(name) is child for children, name, child in self._way)
+
+    def _read(self, name: str) -> list[Any]:
+        return [layer[name] for layer in self._layers]
+
+    def _read_names(self) -> Iterable[str]:
+        return self._root.get("peft_config", ())
+
+    def _read_modules(self) -> list[nn.Module]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def _read_scales(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._read("scaling"))))
+
+    def _read_versions(self) -> list[int]:
+        return [scale._version for scale in self._tensors]
+
+    def _read_addresses(self, name: str) -> list[int]:
+        parameters = self._parameters[name]
+        biases = [each["bias"] for each in parameters if each.get("bias") is not None]
+        return list(map(Tensor.data_ptr, [each["weight"] for each in parameters] + biases))
+
+
+def _way_to(root: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Each step from ``root`` to the module at ``path``."""
+    steps, module = [], root
+    for name in path.split("."):
+        steps.append((module._modules, name, module._modules[name]))
+        module = module._modules[name]
+    return steps
+
+
+def _same_objects(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
