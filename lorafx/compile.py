@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from torch import nn
 
 from lorafx import peft_layers
-from lorafx.adapters import AdapterOutline, AdapterWeights
+from lorafx.adapters import AdapterWeights
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.peft_loading import PeftLoader
-from lorafx.reading import read_adapter, skeleton
+from lorafx.reading import AdapterReader
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.store import PackedStore, Site
 
@@ -69,8 +68,8 @@ def compile(
         weights = peft_layers.adapters_on(layers)
     else:
         layers, unfused = {}, {}
-        dtype = _bank_dtype(root)
-        weights = [read_adapter(name, source, skeleton(root), dtype) for name, source in sources.items()]
+        reader = AdapterReader(root, _bank_dtype(root))
+        weights = [reader.open(name, source).read() for name, source in sources.items()]
     try:
         store = _make_store(root, weights, layers, max_adapters, max_rank, target_modules)
         for adapter in weights:
@@ -87,7 +86,7 @@ def compile(
     if on_peft:
         bank._peft = loader
     else:
-        bank._read = SkeletonReader(root)
+        bank._read = reader
         if len(sources) == 1:
             bank.use(next(iter(sources)))
     runtime.install()
@@ -103,18 +102,6 @@ def uncompile(model: nn.Module) -> nn.Module:
         raise LorafxError("this model is not compiled by lorafx")
     runtime.remove()
     return model
-
-
-class SkeletonReader:
-    """Reads adapters for a plain model, whose own modules stay as they are."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-
-    def open(self, name: str, source: Any) -> AdapterOutline:
-        if isinstance(source, AdapterWeights):
-            return dataclasses.replace(source, name=name).outline
-        return read_adapter(name, source, skeleton(self.root), _bank_dtype(self.root)).outline
 
 
 def _check_model(model: Any) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorafx.adapters import AdapterWeights
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
-from lorafx.reading import load_source, read_adapter, skeleton
+from lorafx.reading import AdapterReader
 
 
 class PeftLoader:
@@ -22,6 +21,7 @@ class PeftLoader:
 
     def __init__(self, model: nn.Module, root: nn.Module) -> None:
         self.model, self.root = model, root
+        self.reader = AdapterReader(root, torch.float32)
 
     def load_all(self, sources: Mapping[str, Any]) -> list[str]:
         """Load each; on an error, none. Returns their names."""
@@ -63,14 +63,8 @@ class PeftLoader:
         self.model.delete_adapter(name)
 
     def _read(self, name: str, source: Any) -> tuple[Any, AdapterWeights]:
-        config, tensors = load_source(name, source)
-        bare = skeleton(self.root)
-        if name in getattr(bare, "peft_config", ()):  # the one to be replaced
-            del bare.peft_config[name]
-            for layer in bare.modules():
-                if isinstance(layer, LoraLayer):
-                    layer.delete_adapter(name)
-        return config, read_adapter(name, (tensors, config), bare, torch.float32)
+        config, outline = self.reader.open_with_config(name, source)
+        return config, outline.read()
 
     def _add(self, name: str, config: Any, weights: AdapterWeights) -> None:
         config = copy.deepcopy(config)
@@ -81,6 +75,7 @@ class PeftLoader:
             for path, site in weights.sites.items():
                 layer = self.root.get_submodule(path)
                 layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode
+                layer.scaling[name] = site.scale  # of weights that come without a config, to the bit
                 layer.lora_A[name].weight.copy_(site.a)
                 layer.lora_B[name].weight.copy_(site.b)
                 if site.bias is not None:

@@ -1,125 +1,175 @@
-"""Reads an adapter, from a PEFT folder or from memory, through PEFT's own loader.
+"""Reads adapters for one model: a PEFT folder, tensors in memory, or weights that were read before.
 
-PEFT knows which layers a config targets, what ``rank_pattern``, ``alpha_pattern`` and rsLoRA make of ranks and scales,
-and how the names in old files map to a model of transformers 5. So the file is loaded into a skeleton of the model that
-has the same modules and no weights, and the adapted layers are read off it. Nothing of the model itself is touched.
+``open`` checks all that can be known without the weights, and costs PEFT's work once for each structure of adapters;
+``read`` of what it returns costs the bytes.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
-import warnings
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
-from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.adapter_config import check_config, read_config
+from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
-from lorafx.peft_layers import AdaptedLinear
+from lorafx.inferred_config import config_of_ranks, infer_config
+from lorafx.skeletons import Plan, check_base, load_onto, plan_of, skeleton, weights_on
+from lorafx.tensor_files import TensorSet, open_folder, open_state_dict
 
-CONFIG_NAME = "adapter_config.json"
+PLANS_KEPT = 64
+# The fields of a config that say which layers it adapts, with which ranks and scales.
+DECIDING = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_bias",
+    "task_type",
+    "fan_in_fan_out",
+)
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
-# Fields of LoraConfig that change what a layer computes or which weights it has, with what they are when unused.
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "arrow_config": "Arrow",
-    "use_bdlora": "BD-LoRA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
-    "use_qalora": "QALoRA",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "target_parameters",
-    "layer_replication": "layer replication",
-    "megatron_config": "Megatron",
-}
-# Initialisations that rewrite the base weight: the file alone does not say what the base has become.
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-Source = Any  # a path, a state dict, or (state dict, config)
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every weight on the meta device: its modules and names, none of its memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty.detach()
-        )
-    for attribute in ("lora", "generate", "_lorafx_runtime"):  # what lorafx has put on the model holds the bank
-        if attribute in vars(model):
-            memo[id(vars(model)[attribute])] = None
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            memo[id(hook)] = None
-    bare = copy.deepcopy(model, memo)
-    for module in bare.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return bare
+Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
 
 
-def read_adapter(name: str, source: Source, bare: nn.Module, dtype: torch.dtype) -> AdapterWeights:
-    """The adapter at ``source`` as it would stand on the model whose ``skeleton`` is ``bare`` (which is used up).
+class AdapterReader:
+    """root: the model, without PEFT's wrapper; dtype: of the weights that are returned, on the CPU"""
 
-    source: a folder with adapter_config.json and adapter_model.safetensors (or .bin, read with weights_only), a
-        (state dict, config) pair, or a state dict alone, whose alpha is then taken to be its rank
-    dtype: of the weights returned, on the CPU
+    def __init__(self, root: nn.Module, dtype: torch.dtype) -> None:
+        self.root, self.dtype = root, dtype
+        self._begin()
 
-    AdapterFormatError: not a LoRA adapter that can be read. AdapterMismatchError: does not fit the model.
-    """
-    config, tensors = load_source(name, source)
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    config.init_lora_weights = False  # what would be drawn here is overwritten by the file
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, bare, adapter_name=name, low_cpu_mem_usage=True)
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterMismatchError(
-            f"adapter {name!r} does not fit {type(bare).__name__}: {error} Expected: target_modules that name layers of"
-            " this model. Is it an adapter of another model?"
-        ) from error
-    layers = _adapted_layers(name, bare)
-    for layer in layers.values():
-        for module in (layer.lora_A[name], layer.lora_B[name]):
-            module.to(dtype).to_empty(device="cpu")
-    return _fill(name, bare, layers, tensors)
+    def _begin(self) -> None:
+        """What can't be copied or pickled, and is made anew in a copy."""
+        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._planning = threading.Lock()
+        self._finite: weakref.WeakValueDictionary[int, AdapterWeights] = weakref.WeakValueDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def open(self, name: str, source: Source) -> AdapterOutline:
+        """The adapter at ``source`` as it would stand on the model, under ``name``, its weights still to be read.
+
+        source: a folder with adapter_config.json and adapter_model.safetensors (or .bin, read with weights_only), a
+            (state dict, config) pair, a state dict alone, whose alpha is then taken to be its rank, or weights that
+            were read before
+
+        AdapterFormatError: not a LoRA adapter that can be read. AdapterMismatchError: does not fit the model.
+        """
+        if isinstance(source, (AdapterWeights, AdapterOutline)):
+            return self._from_weights(name, source)
+        return self._outline(name, *load_source(name, source))
+
+    def open_with_config(self, name: str, source: Source) -> tuple[LoraConfig, AdapterOutline]:
+        """The same, and the config that makes PEFT build such layers."""
+        if isinstance(source, (AdapterWeights, AdapterOutline)):
+            outline = self._from_weights(name, source)
+            return _config_of(outline), outline
+        config, tensors = load_source(name, source)
+        return config, self._outline(name, config, tensors)
+
+    def _outline(self, name: str, config: LoraConfig, tensors: TensorSet) -> AdapterOutline:
+        plan, sites = self._plan(name, config, tensors)
+        _check_scales(name, sites)
+
+        def read() -> AdapterWeights:
+            if plan is not None:
+                base = {path: tensors.take(key) for key, path in plan.base.items()}
+                weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
+            else:
+                taken = {key: tensors.take(key) for key in tensors.shapes}
+                loaded = load_onto(name, skeleton(self.root), config, taken)
+                base, weights = loaded.base, weights_on(loaded)
+            check_base(name, self.root, base)
+            return self._checked(AdapterWeights(name, weights).packed(self.dtype))
+
+        return AdapterOutline(name, sites, read)
+
+    def _plan(self, name: str, config: LoraConfig, tensors: TensorSet) -> tuple[Plan | None, Mapping[str, SiteShape]]:
+        """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
+        fields = [(field, _in_order(getattr(config, field))) for field in DECIDING]
+        key = sha256(repr((fields, sorted(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
+        with self._planning:  # PEFT is not made for threads
+            plan = self._plans.get(key)
+            if plan is not None and all(_fits(self.root, path, site.shape) for path, site in plan.sites.items()):
+                self._plans.move_to_end(key)
+                return plan, {path: site.shape for path, site in plan.sites.items()}
+            stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
+            loaded = load_onto(name, skeleton(self.root), config, stand_ins)
+            plan = plan_of(name, loaded, stand_ins)
+            if plan is not None:
+                self._plans[key] = plan
+                while len(self._plans) > PLANS_KEPT:
+                    self._plans.popitem(last=False)
+            return plan, {path: site.shape for path, site in weights_on(loaded).items()}
+
+    def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
+        """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
+        outline = source if isinstance(source, AdapterOutline) else source.outline
+        for path, shape in outline.sites.items():
+            if not _fits(self.root, path, shape):
+                raise AdapterMismatchError(
+                    f"adapter {name!r} does not fit {type(self.root).__name__}: it has weights for a linear layer"
+                    f" {path!r} from {shape.in_features} to {shape.out_features} features, which the model has not."
+                    " Is it an adapter of another model?"
+                )
+        _check_scales(name, outline.sites)
+
+        def read() -> AdapterWeights:
+            weights = source if isinstance(source, AdapterWeights) else source.read()
+            dtypes = {tensor.dtype for site in weights.sites.values() for tensor in site.tensors()}
+            checked = self._checked(weights)
+            return replace(checked if dtypes <= {self.dtype} else checked.packed(self.dtype), name=name)
+
+        return AdapterOutline(name, outline.sites, read)
+
+    def _checked(self, weights: AdapterWeights) -> AdapterWeights:
+        """``weights``, whose numbers are looked at once."""
+        if self._finite.get(id(weights)) is not weights:
+            flat = weights.flat
+            # a sum says it in one pass, but may overflow where no number does
+            if flat is None or not torch.isfinite(flat.sum()):
+                weights.check_finite()
+            self._finite[id(weights)] = weights
+        return weights
 
 
-def load_source(name: str, source: Source) -> tuple[LoraConfig, dict[str, Tensor]]:
+def load_source(name: str, source: Source) -> tuple[LoraConfig, TensorSet]:
     """The config and the tensors at ``source``, of a kind that lorafx runs. AdapterFormatError: they are not."""
-    config, tensors = _load(name, source)
-    _check_kind(name, config)
-    return config, tensors
-
-
-def _load(name: str, source: Source) -> tuple[LoraConfig, dict[str, Tensor]]:
     if isinstance(source, (str, os.PathLike)):
-        return _load_folder(name, Path(source))
+        folder = Path(source)
+        return read_config(name, folder), open_folder(name, folder)
     if isinstance(source, tuple) and len(source) == 2:
         tensors, config = source if isinstance(source[0], Mapping) and _is_tensors(source[0]) else source[::-1]
-        if isinstance(config, Mapping):
-            config = _config_from(name, dict(config))
-        if isinstance(config, PeftConfig) and isinstance(tensors, Mapping) and _is_tensors(tensors):
-            return config, dict(tensors)
+        if isinstance(tensors, Mapping) and _is_tensors(tensors) and isinstance(config, (Mapping, PeftConfig)):
+            fields = config if isinstance(config, Mapping) else vars(config)
+            return check_config(name, fields), open_state_dict(name, tensors)
     elif isinstance(source, Mapping) and _is_tensors(source):
-        return _infer_config(name, source), dict(source)
+        found = open_state_dict(name, source)
+        return infer_config(name, found.shapes), found
     raise AdapterFormatError(
         f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder, a state dict of tensors,"
         " or a pair (state dict, LoraConfig or dict)."
@@ -130,135 +180,38 @@ def _is_tensors(value: Mapping) -> bool:
     return bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def _load_folder(name: str, path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    if not (path / CONFIG_NAME).is_file():
-        found = "no such folder" if not path.exists() else f"there is no {CONFIG_NAME} in it"
-        raise AdapterFormatError(
-            f"adapter {name!r}: {str(path)!r} is not an adapter: {found}. Expected a folder that PEFT's save_pretrained"
-            f" wrote: {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
-        )
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
+    """Whether the model has this layer."""
     try:
-        kind = PeftConfig._get_peft_type(str(path))
-        config = PeftConfig.from_pretrained(str(path)) if kind == "LORA" else None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise AdapterFormatError(f"adapter {name!r}: {path / CONFIG_NAME} can't be read: {error}") from error
-    if config is None:
-        raise AdapterFormatError(f"adapter {name!r}: {str(path)!r} holds a {kind} adapter; lorafx runs LORA adapters.")
-    safe, pickled = path / SAFETENSORS_WEIGHTS_NAME, path / WEIGHTS_NAME
-    try:
-        if safe.is_file():
-            return config, load_file(safe, device="cpu")
-        if pickled.is_file():
-            return config, torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise AdapterFormatError(
-            f"adapter {name!r}: the weights in {str(path)!r} can't be read ({error}). The file is cut short or damaged:"
-            " copy or download it again."
-        ) from error
-    raise AdapterFormatError(
-        f"adapter {name!r}: {str(path)!r} has no weights; expected {SAFETENSORS_WEIGHTS_NAME} beside {CONFIG_NAME}."
-    )
+        module = root.get_submodule(path)
+    except AttributeError:
+        return False
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if isinstance(base, nn.Embedding):
+        return False
+    return _get_in_out_features(base) == (shape.in_features, shape.out_features)
 
 
-def _config_from(name: str, values: dict[str, Any]) -> LoraConfig:
-    try:
-        known = {k: v for k, v in values.items() if k in LoraConfig.__dataclass_fields__}
-        return LoraConfig(**known)
-    except (TypeError, ValueError) as error:
-        raise AdapterFormatError(f"adapter {name!r}: its config is not a LoraConfig: {error}") from error
-
-
-def _infer_config(name: str, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """Ranks from shapes; alpha = rank, as diffusers and kohya take it where a file says nothing."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        head, mark, _ = key.partition(".lora_A")
-        if mark and tensor.dim() == 2:
-            ranks[head.removeprefix("base_model.model.").removeprefix("base_model.")] = tensor.shape[0]
-    if not ranks:
-        raise AdapterFormatError(
-            f"adapter {name!r}: no '...lora_A...' among the {len(tensors)} names of this state dict, for example"
-            f" {next(iter(tensors))!r}. Expected PEFT's names, as get_peft_model_state_dict gives them."
-        )
-    warnings.warn(
-        f"adapter {name!r}: a state dict without its config does not say its lora_alpha; alpha = rank (scale 1) is"
-        f" assumed. Pass the pair (state_dict, config) to be exact.",
-        stacklevel=5,
-    )
-    # an anchored pattern for each layer: names of old files may lack a prefix, so the end is what counts
-    patterns = {path.replace(".", r"\."): rank for path, rank in ranks.items()}
-    return LoraConfig(
-        r=next(iter(ranks.values())),
-        lora_alpha=next(iter(ranks.values())),
-        target_modules=sorted(ranks),
-        rank_pattern=patterns,
-        alpha_pattern=patterns,
-        lora_bias=any(".lora_B" in key and key.endswith("bias") for key in tensors),
-    )
-
-
-def _check_kind(name: str, config: PeftConfig) -> None:
-    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
-        raise AdapterFormatError(f"adapter {name!r} is of type {config.peft_type}; lorafx runs LORA adapters.")
-    init = config.init_lora_weights
-    reasons = [label for field, label in UNSUPPORTED.items() if getattr(config, field, None)]
-    if config.bias != "none":
-        reasons.append(f"bias={config.bias!r}, which replaces biases of the base model")
-    if isinstance(init, str) and init.startswith(REWRITES_BASE):
-        reasons.append(f"init_lora_weights={init!r}, which rewrites the base weights")
-    if init == "mica":
-        reasons.append("MiCA")
-    if reasons:
-        raise AdapterFormatError(
-            f"adapter {name!r} uses {', '.join(reasons)}: lorafx can't run that from a file yet. Load it with PEFT and"
-            " pass the PeftModel: such layers then stay exactly as PEFT computes them."
-        )
-
-
-def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
-    layers: dict[str, PeftLinear] = {}
-    for path, module in bare.named_modules():
-        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A):
-            if type(module) not in (PeftLinear, AdaptedLinear) or name in module.lora_variant:
-                raise AdapterFormatError(
-                    f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
-                    " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
-                )
-            layers[path] = module
-    return layers
-
-
-def _fill(name: str, bare: nn.Module, layers: dict[str, PeftLinear], tensors: dict[str, Tensor]) -> AdapterWeights:
-    try:
-        result = set_peft_model_state_dict(bare, tensors, adapter_name=name)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise AdapterMismatchError(
-            f"adapter {name!r} does not fit {type(bare).__name__}: {error} Expected the shapes of this model: is the"
-            " adapter one of another model?"
-        ) from error
-    unexpected = list(result.unexpected_keys)
-    missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in f"{key}."]
-    if unexpected or missing:
-        raise AdapterMismatchError(
-            f"adapter {name!r} does not fit {type(bare).__name__}: "
-            + "; ".join(
-                f"{len(keys)} tensor(s) {what}, for example {keys[0]!r}"
-                for what, keys in (("that this model has no layer for", unexpected), ("missing in the file", missing))
-                if keys
+def _check_scales(name: str, sites: Mapping[str, SiteShape]) -> None:
+    for path, site in sites.items():
+        if not abs(site.scale) <= LARGEST_SCALE:
+            raise AdapterFormatError(
+                f"adapter {name!r}: alpha and rank of {path} make its scale {site.scale}; expected at most"
+                f" {LARGEST_SCALE:.1e}, the largest number of the weights' dtype. Is its lora_alpha damaged?"
             )
-            + ". Is it an adapter of another model, or a config that does not belong to the file?"
+
+
+def _config_of(outline: AdapterOutline) -> LoraConfig:
+    """A config that gives PEFT's layers these shapes."""
+    biases = {site.bias for site in outline.sites.values()}
+    if len(biases) != 1:
+        raise AdapterMismatchError(
+            f"adapter {outline.name!r}: PEFT's layers have biases everywhere or nowhere; expected weights of that kind,"
+            " with a layer at least, for a PeftModel."
         )
-    adapter = AdapterWeights(
-        name,
-        {
-            path: SiteWeights(
-                layer.lora_A[name].weight.detach(),
-                layer.lora_B[name].weight.detach(),
-                None if layer.lora_B[name].bias is None else layer.lora_B[name].bias.detach(),
-                float(layer.scaling[name]),
-            )
-            for path, layer in layers.items()
-        },
-    )
-    adapter.check_finite()
-    return adapter
+    ranks = {path: site.rank for path, site in outline.sites.items()}
+    return config_of_ranks(ranks, {path: site.scale * site.rank for path, site in outline.sites.items()}, biases.pop())

@@ -1,0 +1,66 @@
+"""A config for tensors that come without one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+
+from lorafx.config_fields import NAMES_LIMIT, show
+from lorafx.errors import AdapterFormatError
+
+
+def infer_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig:
+    """Ranks from shapes; alpha = rank, as diffusers and kohya take it where a file says nothing."""
+    ranks = {}
+    for key, shape in shapes.items():
+        head, mark, _ = key.partition(".lora_A")
+        if mark and len(shape) == 2:
+            ranks[head.removeprefix("base_model.model.").removeprefix("base_model.")] = shape[0]
+    if not ranks:
+        raise AdapterFormatError(
+            f"adapter {name!r}: no '...lora_A...' among the {len(shapes)} names of this state dict, for example"
+            f" {show(next(iter(shapes)))}. Expected PEFT's names, as get_peft_model_state_dict gives them."
+        )
+    if len(ranks) > NAMES_LIMIT:
+        raise AdapterFormatError(
+            f"adapter {name!r}: a state dict of {len(ranks):,} layers; expected at most {NAMES_LIMIT:,}, or the pair"
+            " (state_dict, config)."
+        )
+    warnings.warn(
+        f"adapter {name!r}: a state dict without its config does not say its lora_alpha; alpha = rank (scale 1) is"
+        f" assumed. Pass the pair (state_dict, config) to be exact.",
+        stacklevel=5,
+    )
+    return config_of_ranks(ranks, ranks, any(".lora_B" in key and key.endswith("bias") for key in shapes))
+
+
+def config_of_ranks(ranks: Mapping[str, int], alphas: Mapping[str, float], bias: bool) -> LoraConfig:
+    """A config that gives these layers, by the end of their path, these ranks and alphas."""
+    return LoraConfig(
+        r=_commonest(ranks),
+        lora_alpha=_commonest(alphas),
+        target_modules=sorted(ranks),
+        rank_pattern=_differing(ranks),
+        alpha_pattern=_differing(alphas),
+        lora_bias=bias,
+    )
+
+
+def _commonest(values: Mapping[str, float]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _differing(values: Mapping[str, float]) -> dict[str, Any]:
+    """A pattern for each layer that is not as most are: PEFT tries all patterns on all layers.
+
+    The end of a path is what counts, names of old files may lack a prefix; so a path that ends in another comes first.
+    """
+    common = _commonest(values)
+    ends = tuple(f".{path}" for path, value in values.items() if value != common)
+    chosen = [path for path, value in values.items() if value != common or path.endswith(ends)]
+    return {re.escape(path): values[path] for path in sorted(chosen, key=len, reverse=True)}

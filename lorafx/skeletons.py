@@ -1,0 +1,247 @@
+"""What PEFT would do with an adapter's file, found out on a model without memory.
+
+PEFT knows which layers a config targets, what ``rank_pattern``, ``alpha_pattern`` and rsLoRA make of ranks and scales,
+and how the names in old files map to a model of transformers 5. So the adapter is loaded into a skeleton: the model's
+modules on the meta device. What is loaded there first are meta tensors of the file's names and shapes, each of which
+can be told from all others; where they are found afterwards is where the file's tensors belong. That is a ``Plan``,
+and holds for every file of that structure. Where PEFT makes new tensors of the file's, there is none, and the real
+tensors take the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from lorafx.adapters import SiteShape, SiteWeights
+from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.peft_layers import AdaptedLinear
+
+NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
+MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """Which tensors of the file one layer takes, and what that makes of it."""
+
+    a: str
+    b: str
+    bias: str | None
+    shape: SiteShape
+
+    def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
+        return SiteWeights(take(self.a), take(self.b), None if self.bias is None else take(self.bias), self.shape.scale)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
+
+    PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
+    """
+
+    sites: Mapping[str, PlannedSite]
+    base: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A skeleton after PEFT has loaded tensors into it.
+
+    layers: the adapted ones, by path; base: weights of the base model that were replaced, by their path there
+    """
+
+    layers: Mapping[str, PeftLinear]
+    base: Mapping[str, Tensor]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with every weight on the meta device and no adapters: its modules, none of its memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty.detach()
+        )
+    for attribute in ("lora", "generate", "_lorafx_runtime"):  # what lorafx has put on it
+        if vars(model).get(attribute) is not None:
+            memo[id(vars(model)[attribute])] = None
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            memo[id(hook)] = None
+    bare = copy.deepcopy(model, memo)
+    for module in bare.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    adapted = [path for path, module in bare.named_modules() if isinstance(module, LoraLayer)]
+    for path in adapted:
+        if not path.startswith(tuple(f"{outer}." for outer in adapted)):
+            bare.set_submodule(path, bare.get_submodule(path).get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(bare).pop(attribute, None)
+    return bare
+
+
+def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Loaded:
+    """What PEFT makes of ``tensors`` on the skeleton ``bare``, which is used up.
+
+    The tensors are put there as they are: of meta tensors nothing but where they went can be seen.
+
+    AdapterFormatError: it adapts other than linear layers. AdapterMismatchError: does not fit the model.
+    """
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.init_lora_weights = False  # what would be drawn here is overwritten by the file
+    with _said_by_peft(name, bare, "target_modules that name layers of this model"), torch.device("meta"):
+        inject_adapter_in_model(config, bare, adapter_name=NAME)
+    layers = _adapted_layers(name, bare)
+    before = _named_tensors(bare)
+    vars(bare)["load_state_dict"] = partial(nn.Module.load_state_dict, bare, assign=True)
+    try:
+        with _said_by_peft(name, bare, "the shapes of this model"):
+            result = set_peft_model_state_dict(bare, dict(tensors), adapter_name=NAME)
+    finally:
+        del vars(bare)["load_state_dict"]
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{NAME}." in f"{key}."]
+    if result.unexpected_keys or missing:
+        raise _mismatch(
+            name,
+            bare,
+            "; ".join(
+                f"{len(keys)} tensor(s) {what}, for example {keys[0]!r}"
+                for what, keys in (
+                    ("that this model has no layer for", result.unexpected_keys),
+                    ("missing in the file", missing),
+                )
+                if keys
+            )
+            + ".",
+            "the tensors of the layers that its config targets: is it a config that does not belong to the file",
+        )
+    lora = {id(parameter) for parameter in _lora_parameters(layers).values()}
+    base = {
+        key.replace(".base_layer.", "."): tensor
+        for key, tensor in _named_tensors(bare).items()
+        if tensor is not before[key] and id(tensor) not in lora
+    }
+    return Loaded(layers, base)
+
+
+def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | None:
+    """Where each of ``tensors``, which were new meta tensors, went. None: PEFT has made others of some.
+
+    AdapterMismatchError: two are the same weight
+    """
+    names = {_identity(tensor): key for key, tensor in tensors.items()}
+    lora = {key: names.get(_identity(tensor)) for key, tensor in _lora_parameters(loaded.layers).items()}
+    base = {names.get(_identity(tensor)): path for path, tensor in loaded.base.items()}
+    if None in lora.values() or None in base:
+        return None
+    left = tensors.keys() - set(lora.values()) - base.keys()
+    if left:
+        raise AdapterMismatchError(
+            f"adapter {name!r} has {len(left)} tensor(s) that are loaded nowhere, for example {min(left)!r}: another"
+            " one is the same weight under another name. Expected each weight once; take one of them out."
+        )
+    sites = {
+        path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
+        for path, site in weights_on(loaded).items()
+    }
+    return Plan(sites, base)
+
+
+def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Nothing, where the file's weights of the base model are the model's own.
+
+    AdapterMismatchError: PEFT would change the model that other adapters share
+    """
+    for path, tensor in base.items():
+        module_path, _, attribute = path.rpartition(".")
+        module = root.get_submodule(module_path)
+        own = getattr(module.get_base_layer() if isinstance(module, LoraLayer) else module, attribute)
+        if own.shape != tensor.shape or not torch.equal(own, tensor.to(own.device, own.dtype)):
+            raise AdapterMismatchError(
+                f"adapter {name!r} brings {path}, a weight of the base model, and it is not the model's own. Expected"
+                " LoRA weights only, or equal base weights: other adapters share them. Save the adapter with"
+                " save_embedding_layers=False, or load it with PEFT and pass the PeftModel."
+            )
+
+
+def weights_on(loaded: Loaded) -> dict[str, SiteWeights]:
+    """What stands in the adapted layers now."""
+    return {
+        path: SiteWeights(
+            layer.lora_A[NAME].weight.detach(),
+            layer.lora_B[NAME].weight.detach(),
+            None if layer.lora_B[NAME].bias is None else layer.lora_B[NAME].bias.detach(),
+            float(layer.scaling[NAME]),
+        )
+        for path, layer in loaded.layers.items()
+    }
+
+
+def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
+    layers: dict[str, PeftLinear] = {}
+    for path, module in bare.named_modules():
+        if isinstance(module, LoraLayer):
+            if type(module) not in (PeftLinear, AdaptedLinear) or NAME in module.lora_variant:
+                raise AdapterFormatError(
+                    f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
+                    " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
+                )
+            layers[path] = module
+    if not layers:
+        raise _mismatch(name, bare, "its config targets no layer.", "target_modules that name layers of this model")
+    return layers
+
+
+def _lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], nn.Parameter]:
+    found = {}
+    for path, layer in layers.items():
+        found[path, "A"], found[path, "B"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        if layer.lora_B[NAME].bias is not None:
+            found[path, "bias"] = layer.lora_B[NAME].bias
+    return found
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """Equal for two tensors that are one: memory (or what stands for it on meta), order, and never written to."""
+    memory = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor._version
+    return *memory, *tensor.shape, *tensor.stride()
+
+
+@contextmanager
+def _said_by_peft(name: str, bare: nn.Module, expected: str) -> Iterator[None]:
+    """PEFT raises whatever its code trips over. What it was given was checked, so that means: it does not fit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise _mismatch(name, bare, str(error)[:MESSAGE_LIMIT] or type(error).__name__, expected) from error
+
+
+def _mismatch(name: str, bare: nn.Module, got: str, expected: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"adapter {name!r} does not fit {type(bare).__name__}: {got} Expected: {expected}. Is it an adapter of another"
+        " model?"
+    )

@@ -1,0 +1,194 @@
+"""The weights of an adapter before they are read: names, shapes and dtypes, checked against the bytes that are there.
+
+A file may claim anything. Nothing here allocates what is claimed: shapes come from a parsed header, tensors are views
+of the mapped file, and a name, dtype or shape that no LoRA weight has is refused before either is looked at further.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorafx.errors import AdapterFormatError
+from lorafx.file_paths import find_regular
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HEADER_LIMIT = 16 << 20  # bytes; a header has about 100 for each tensor
+TENSORS_LIMIT = 1 << 16
+NAME_LIMIT = 512
+PICKLE_LIMIT = 64 << 20  # bytes of the pickle in a .bin, which holds names and shapes only
+
+# What the pickle of a state dict calls. torch's own list for weights_only is longer: bytearray(10**12) is on it.
+GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")),
+}
+CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """Named tensors: what is known of them, and how to get one.
+
+    shapes: checked; take: the tensor of that name, which has that shape
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    take: Callable[[str], Tensor]
+
+
+def open_folder(name: str, folder: Path) -> TensorSet:
+    """The weights in a PEFT folder. AdapterFormatError: there are none, or they can't be those of a LoRA adapter."""
+    for file, opener in ((SAFETENSORS_WEIGHTS_NAME, open_safetensors), (WEIGHTS_NAME, open_pickle)):
+        found = find_regular(name, folder / file)
+        if found is not None:
+            return opener(name, folder / file, found.st_size)
+    raise AdapterFormatError(
+        f"adapter {name!r}: {str(folder)!r} has no weights; expected {SAFETENSORS_WEIGHTS_NAME} beside its config."
+    )
+
+
+def open_safetensors(name: str, path: Path, size: int) -> TensorSet:
+    """A safetensors file, mapped: its own parser has checked that names are unique and that offsets lie in the file."""
+    try:
+        with open(path, "rb") as file:
+            (header,) = struct.unpack("<Q", file.read(8))
+        if header > min(HEADER_LIMIT, size - 8):
+            raise ValueError(f"its header claims {header:,} bytes, of a file of {size:,}, at most {HEADER_LIMIT:,}")
+        opened = safe_open(str(path), framework="pt", device="cpu")
+        names = list(opened.keys())
+        _check_names(name, names)
+        slices = {key: opened.get_slice(key) for key in names}
+        found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+    except (SafetensorError, struct.error, OSError, ValueError, OverflowError) as error:
+        raise _unreadable(name, path, error) from error
+    for key, (shape, dtype) in found.items():
+        _check_kind(name, key, shape, DTYPES.get(dtype), dtype)
+
+    def take(key: str) -> Tensor:
+        try:
+            if os.stat(path).st_size < size:  # the pages that are gone can't be read
+                raise ValueError("it has become shorter since it was opened")
+            return opened.get_tensor(key)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _unreadable(name, path, error) from error
+
+    return TensorSet({key: shape for key, (shape, _) in found.items()}, take)
+
+
+def open_pickle(name: str, path: Path, size: int) -> TensorSet:
+    """A ``torch.save`` file: mapped, its pickle checked to be that of a state dict, then read with weights_only."""
+    if not zipfile.is_zipfile(path):
+        raise AdapterFormatError(
+            f"adapter {name!r}: the weights in {str(path)!r} can't be read: no zip file, as torch.save writes since"
+            " 1.6. Older ones are pickles, which run code: load it where you trust it, and save it as"
+            f" {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    try:
+        _check_zip(path, size)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise _unreadable(name, path, error) from error
+    if not isinstance(tensors, dict):
+        raise AdapterFormatError(
+            f"adapter {name!r}: {str(path)!r} holds a {type(tensors).__name__}; expected a dict of tensors by name."
+        )
+    found = open_state_dict(name, tensors)
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > size:
+        raise AdapterFormatError(
+            f"adapter {name!r}: the tensors in {str(path)!r} have {claimed:,} bytes together, the file {size:,}: they"
+            f" share memory. Expected a tensor's own numbers for each: save it as {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    return found
+
+
+def open_state_dict(name: str, tensors: Mapping[str, Any]) -> TensorSet:
+    """Tensors in memory, held to what those in files are held to."""
+    _check_names(name, tensors)
+    for key, tensor in tensors.items():
+        problem = _problem(tensor)
+        if problem is not None:
+            raise AdapterFormatError(
+                f"adapter {name!r}: {key!r} is {problem}; expected a plain tensor with its numbers in memory."
+            )
+        _check_kind(name, key, tuple(tensor.shape), tensor.dtype if tensor.dtype in DTYPES.values() else None, tensor)
+    held = dict(tensors)
+    return TensorSet({key: tuple(tensor.shape) for key, tensor in held.items()}, lambda key: held[key].detach())
+
+
+def _problem(tensor: Any) -> str | None:
+    """Why this is no tensor whose numbers can be taken as they are."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__module__}.{type(tensor).__name__}"
+    if tensor.device.type == "meta":
+        return "on the meta device, without numbers"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return f"of layout {tensor.layout}" if tensor.layout != torch.strided else "quantized or nested"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a view that is still to be computed (call .resolve_conj().resolve_neg())"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"expanded: {tensor.numel():,} numbers in less memory (call .contiguous())"
+    return None
+
+
+def _check_names(name: str, keys: Any) -> None:
+    if len(keys) > TENSORS_LIMIT:
+        raise AdapterFormatError(f"adapter {name!r} has {len(keys):,} tensors; expected at most {TENSORS_LIMIT:,}.")
+    for key in keys:
+        if not isinstance(key, str) or len(key) > NAME_LIMIT:
+            raise AdapterFormatError(
+                f"adapter {name!r} has a tensor called {str(key)[:80]!r}...; expected a text of at most {NAME_LIMIT}"
+                " characters."
+            )
+
+
+def _check_kind(name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype | None, got: Any) -> None:
+    if dtype is None:
+        raise AdapterFormatError(
+            f"adapter {name!r}: {key!r} is of dtype {getattr(got, 'dtype', got)}; expected float64, float32, float16 or"
+            " bfloat16. Quantized adapters have to be dequantized first."
+        )
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise AdapterFormatError(
+            f"adapter {name!r}: {key!r} has shape {list(shape)[:8]}; expected a matrix (a bias: a vector) that is not"
+            " empty. lorafx runs LoRA on linear layers: load others with PEFT and pass the PeftModel."
+        )
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """ValueError: not what torch.save writes for a state dict."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("a record in it is compressed; torch.save stores them as they are")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("its records claim more bytes than the file has")
+        pickles = [record for record in records if record.filename.endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT:
+            raise ValueError("expected one data.pkl in it, of names and shapes")
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if opcode.name in CALLS or (opcode.name == "GLOBAL" and argument not in GLOBALS):
+                raise ValueError(f"its pickle uses {argument or opcode.name}, which no state dict of weights needs")
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> AdapterFormatError:
+    if isinstance(error, AdapterFormatError):
+        return error
+    return AdapterFormatError(
+        f"adapter {name!r}: the weights in {str(path)!r} can't be read ({str(error)[:500]}). The file is cut short or"
+        " damaged: copy or download it again."
+    )
