@@ -161,6 +161,8 @@ class Follower:
             for adapter in adapters
             if adapter.name not in bank._slots or not self._same(adapter)
         }
+        for adapter in changed.values():
+            adapter.check_finite()
         for name in bank._slots.keys() - {adapter.name for adapter in adapters}:
             slots = {k: v for k, v in bank._slots.items() if k != name}
             bank._commit(slots, lambda slot=bank._slots[name]: bank.store.clear(slot))

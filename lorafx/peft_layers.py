@@ -36,6 +36,7 @@ class AdaptedLinear(PeftLinear):
 
     _lorafx_bank: AdapterBank
     _lorafx_site: int
+    _lorafx_spoken: object  # another one after each set_adapter that PEFT did not call by itself
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(kwargs.get(name) is not None for name in ("adapter_names", "alora_offsets")):
@@ -58,10 +59,13 @@ class AdaptedLinear(PeftLinear):
         return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, with a list of its own: another object tells that ``set_adapter`` was called."""
-        if isinstance(adapter_names, list) and adapter_names is not self._active_adapter:
-            adapter_names = list(adapter_names)
+        """As PEFT's; and whoever speaks last decides, so it is marked. PEFT also calls it by itself, when adapters are
+        loaded or enabled: with the list that is active already, or one like it of one name."""
+        current = self._active_adapter
+        repeated = adapter_names is current or (adapter_names == current and len(adapter_names) == 1)
         super().set_adapter(adapter_names, inference_mode)
+        if not repeated:
+            self._lorafx_spoken = object()
 
     def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The selection row by row, through PEFT's own modules, so that every gradient is there."""
@@ -182,11 +186,12 @@ def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
     hotswap.mend(AdaptedLinear)
     layer.__class__ = AdaptedLinear
     vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
+    vars(layer).setdefault("_lorafx_spoken", object())
 
 
 def release(layer: AdaptedLinear) -> None:
     layer.__class__ = PeftLinear
-    for name in ("_lorafx_bank", "_lorafx_site"):
+    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken"):
         vars(layer).pop(name, None)
 
 

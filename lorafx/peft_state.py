@@ -36,13 +36,13 @@ class PeftState:
         self._active = [list(names) for names in self._read("_active_adapter")]
         self._disabled = self._read("_disable_adapters")
         self._merged = [list(names) for names in self._read("merged_adapters")]
-        self.spoken = self._layers[0]["_active_adapter"]  # another object after each set_adapter, whatever it sets
+        self.spoken = self._layers[0]["_lorafx_spoken"]
 
     def holds(self, names: Iterable[str]) -> bool:
         """Nothing has changed; whether weights have moved is looked at for the adapters ``names`` only."""
         return (
             self.attached()
-            and self._layers[0]["_active_adapter"] is self.spoken
+            and self._layers[0]["_lorafx_spoken"] is self.spoken
             and list(self._read_names()) == self._names
             and self._read("_disable_adapters") == self._disabled
             and self._read("merged_adapters") == self._merged
