@@ -97,13 +97,15 @@ class AdapterReader:
 
         def read() -> AdapterWeights:
             if plan is not None:
-                base = {path: tensors.take(key) for key, path in plan.base.items()}
+                check_base(name, self.root, {path: tensors.take(key) for key, path in plan.base.items()})
+                if tensors.flat is not None:
+                    return self._checked(plan.packing.pack(name, tensors.flat(), self.dtype))
                 weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
             else:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
                 loaded = load_onto(name, skeleton(self.root), config, taken)
-                base, weights = loaded.base, weights_on(loaded)
-            check_base(name, self.root, base)
+                check_base(name, self.root, loaded.base)
+                weights = weights_on(loaded)
             return self._checked(AdapterWeights(name, weights).packed(self.dtype))
 
         return AdapterOutline(name, sites, read)
@@ -111,20 +113,21 @@ class AdapterReader:
     def _plan(self, name: str, config: LoraConfig, tensors: TensorSet) -> tuple[Plan | None, Mapping[str, SiteShape]]:
         """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
         fields = [(field, _in_order(getattr(config, field))) for field in DECIDING]
-        key = sha256(repr((fields, sorted(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
+        key = sha256(repr((fields, list(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
         with self._planning:  # PEFT is not made for threads
             plan = self._plans.get(key)
-            if plan is not None and all(_fits(self.root, path, site.shape) for path, site in plan.sites.items()):
+            if plan is not None:
                 self._plans.move_to_end(key)
-                return plan, {path: site.shape for path, site in plan.sites.items()}
+                return plan, plan.shapes
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
             loaded = load_onto(name, skeleton(self.root), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
-            if plan is not None:
-                self._plans[key] = plan
-                while len(self._plans) > PLANS_KEPT:
-                    self._plans.popitem(last=False)
-            return plan, {path: site.shape for path, site in weights_on(loaded).items()}
+            if plan is None:
+                return None, {path: site.shape for path, site in weights_on(loaded).items()}
+            self._plans[key] = plan
+            while len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+            return plan, plan.shapes
 
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""

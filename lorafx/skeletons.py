@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from lorafx.adapters import SiteShape, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.packing_files import Packing, packing_of
 from lorafx.peft_layers import AdaptedLinear
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
@@ -48,12 +50,25 @@ class PlannedSite:
 @dataclass(frozen=True)
 class Plan:
     """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
+    starts: where each tensor begins in a file that has them in this order, in one piece
 
     PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
     """
 
     sites: Mapping[str, PlannedSite]
     base: Mapping[str, str]
+    starts: Mapping[str, int]
+
+    @cached_property
+    def shapes(self) -> dict[str, SiteShape]:
+        return {path: site.shape for path, site in self.sites.items()}
+
+    @cached_property
+    def packing(self) -> Packing:
+        start = self.starts.get
+        return packing_of(
+            self.shapes, {path: (start(site.a), start(site.b), start(site.bias)) for path, site in self.sites.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,8 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
         path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
         for path, site in weights_on(loaded).items()
     }
-    return Plan(sites, base)
+    ends = accumulate(tensor.numel() for tensor in tensors.values())
+    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)))
 
 
 def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ of the mapped file, and a name, dtype or shape that no LoRA weight has is refuse
 
 from __future__ import annotations
 
+import math
 import os
 import pickletools
 import struct
@@ -44,10 +45,12 @@ class TensorSet:
     """Named tensors: what is known of them, and how to get one.
 
     shapes: checked; take: the tensor of that name, which has that shape
+    flat: all their numbers in one piece, in the order of ``shapes``; None where they don't stand so
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     take: Callable[[str], Tensor]
+    flat: Callable[[], Tensor] | None = None
 
 
 def open_folder(name: str, folder: Path) -> TensorSet:
@@ -55,41 +58,67 @@ def open_folder(name: str, folder: Path) -> TensorSet:
     for file, opener in ((SAFETENSORS_WEIGHTS_NAME, open_safetensors), (WEIGHTS_NAME, open_pickle)):
         found = find_regular(name, folder / file)
         if found is not None:
-            return opener(name, folder / file, found.st_size)
+            return opener(name, folder / file, found)
     raise AdapterFormatError(
         f"adapter {name!r}: {str(folder)!r} has no weights; expected {SAFETENSORS_WEIGHTS_NAME} beside its config."
     )
 
 
-def open_safetensors(name: str, path: Path, size: int) -> TensorSet:
+def open_safetensors(name: str, path: Path, found: os.stat_result) -> TensorSet:
     """A safetensors file, mapped: its own parser has checked that names are unique and that offsets lie in the file."""
+    size = found.st_size
     try:
         with open(path, "rb") as file:
             (header,) = struct.unpack("<Q", file.read(8))
         if header > min(HEADER_LIMIT, size - 8):
             raise ValueError(f"its header claims {header:,} bytes, of a file of {size:,}, at most {HEADER_LIMIT:,}")
         opened = safe_open(str(path), framework="pt", device="cpu")
-        names = list(opened.keys())
+        names = list(opened.offset_keys())
         _check_names(name, names)
         slices = {key: opened.get_slice(key) for key in names}
-        found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-    except (SafetensorError, struct.error, OSError, ValueError, OverflowError) as error:
+        kinds = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        mapped = torch.UntypedStorage.from_file(str(path), False, size)
+        if _version(os.stat(path)) != _version(found):
+            raise ValueError("it was changed while it was opened")
+    except (SafetensorError, struct.error, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise _unreadable(name, path, error) from error
-    for key, (shape, dtype) in found.items():
+    for key, (shape, dtype) in kinds.items():
         _check_kind(name, key, shape, DTYPES.get(dtype), dtype)
+
+    def checked() -> None:
+        now = os.stat(path)
+        if now.st_ino == found.st_ino and now.st_size < size:  # the pages that are gone can't be read
+            raise ValueError("it has become shorter since it was opened")
 
     def take(key: str) -> Tensor:
         try:
-            if os.stat(path).st_size < size:  # the pages that are gone can't be read
-                raise ValueError("it has become shorter since it was opened")
+            checked()
             return opened.get_tensor(key)
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(name, path, error) from error
 
-    return TensorSet({key: shape for key, (shape, _) in found.items()}, take)
+    def flat() -> Tensor:
+        try:
+            checked()
+        except (OSError, ValueError) as error:
+            raise _unreadable(name, path, error) from error
+        return torch.empty(0, dtype=dtype).set_(mapped, (8 + header) // dtype.itemsize, (count,))
+
+    shapes = {key: shape for key, (shape, _) in kinds.items()}
+    dtypes, count = {DTYPES[dtype] for _, dtype in kinds.values()}, sum(map(math.prod, shapes.values()))
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    # the parser allows no holes between tensors, so of one dtype their sizes say where each begins
+    in_one_piece = dtype is not None and (8 + header) % dtype.itemsize == 0
+    if in_one_piece and 8 + header + count * dtype.itemsize == size:
+        return TensorSet(shapes, take, flat)
+    return TensorSet(shapes, take)
 
 
-def open_pickle(name: str, path: Path, size: int) -> TensorSet:
+def _version(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def open_pickle(name: str, path: Path, found: os.stat_result) -> TensorSet:
     """A ``torch.save`` file: mapped, its pickle checked to be that of a state dict, then read with weights_only."""
     if not zipfile.is_zipfile(path):
         raise AdapterFormatError(
@@ -98,7 +127,7 @@ def open_pickle(name: str, path: Path, size: int) -> TensorSet:
             f" {SAFETENSORS_WEIGHTS_NAME}."
         )
     try:
-        _check_zip(path, size)
+        _check_zip(path, found.st_size)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise _unreadable(name, path, error) from error
@@ -106,14 +135,15 @@ def open_pickle(name: str, path: Path, size: int) -> TensorSet:
         raise AdapterFormatError(
             f"adapter {name!r}: {str(path)!r} holds a {type(tensors).__name__}; expected a dict of tensors by name."
         )
-    found = open_state_dict(name, tensors)
+    opened = open_state_dict(name, tensors)
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > size:
+    if claimed > found.st_size:
         raise AdapterFormatError(
-            f"adapter {name!r}: the tensors in {str(path)!r} have {claimed:,} bytes together, the file {size:,}: they"
-            f" share memory. Expected a tensor's own numbers for each: save it as {SAFETENSORS_WEIGHTS_NAME}."
+            f"adapter {name!r}: the tensors in {str(path)!r} have {claimed:,} bytes together, the file"
+            f" {found.st_size:,}: they share memory. Expected a tensor's own numbers for each: save it as"
+            f" {SAFETENSORS_WEIGHTS_NAME}."
         )
-    return found
+    return opened
 
 
 def open_state_dict(name: str, tensors: Mapping[str, Any]) -> TensorSet:
