@@ -7,6 +7,7 @@ _here = Path(__file__).parent
 if not (_here / "passes").is_dir() and (_here.parent / "passes").is_dir():
     __path__.append(str(_here.parent))
 
+from lorafx.adapter_store import AdapterStore
 from lorafx.bank import AdapterBank
 from lorafx.compile import compile, uncompile
 from lorafx.errors import (
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterBank",
     "AdapterFormatError",
     "AdapterMismatchError",
+    "AdapterStore",
     "CapacityError",
     "LorafxError",
     "Report",

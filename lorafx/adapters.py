@@ -85,13 +85,21 @@ class AdapterWeights:
         return sorted({site.rank for site in self.sites.values()})
 
     @cached_property
+    def shapes(self) -> dict[str, SiteShape]:
+        return {path: site.shape for path, site in self.sites.items()}
+
+    @property
     def outline(self) -> AdapterOutline:
-        return AdapterOutline(self.name, {path: site.shape for path, site in self.sites.items()}, lambda: self)
+        return AdapterOutline(self.name, self.shapes, lambda: self)
 
     @cached_property
     def scales(self) -> list[float]:
         """Of each site."""
         return [site.scale for site in self.sites.values()]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for site in self.sites.values() for t in site.tensors())
 
     def elements(self) -> int:
         return sum(t.numel() for site in self.sites.values() for t in site.tensors())
@@ -104,7 +112,7 @@ class AdapterWeights:
         """
         if self.flat is not None and self.flat.dtype == dtype and self.flat.device == torch.device(device):
             return self
-        layout = layout_of(self.outline.sites)
+        layout = layout_of(self.shapes)
         flat = torch.empty(layout.size, dtype=dtype, device=device)
         sites = {}
         for path, site in self.sites.items():

@@ -9,9 +9,10 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,12 +118,14 @@ class AdapterBank:
         self._follow()
         selection = normalize(choice)
         self._guard_use(selection)
-        if self._shelf is not None:
-            self._shelf.choose(selection)
-        self._choose(self._known(selection))
+        self._choose(selection)
 
     def _choose(self, selection: Selection | None) -> None:
-        self._chosen = selection
+        if self._shelf is not None:
+            self._shelf.choose(selection)
+            return
+        with self._lock.reading():  # so that no other thread unloads it now
+            self._chosen = self._known(selection) if selection is not None else None
 
     @contextmanager
     def using(self, choice: Choice) -> Iterator[AdapterBank]:
@@ -132,8 +135,6 @@ class AdapterBank:
         try:
             yield self
         finally:
-            if self._shelf is not None:
-                self._shelf.choose(before or NOTHING)
             self._choose(before)
 
     @property
@@ -299,19 +300,59 @@ class AdapterBank:
             self._check_unused(name)
             self._commit({k: v for k, v in self._slots.items() if k != name}, lambda: self.store.clear(slot))
 
-    def add(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
-        """``load`` for an adapter that is read already, in the place of one that is not in use if it is named."""
+    def add(self, adapter: AdapterWeights) -> None:
+        """``load`` for an adapter that is read already."""
         with self._changing():
             self._check_free(adapter.name)
-            slot = self._slot(instead_of) if instead_of is not None else None
-            if instead_of is not None:
-                self._check_unused(instead_of)
-            self._admit(adapter.outline, slot)
-            if slot is None:
-                slot = self.store.free_slot(self._slots.values())
-            after = {k: v for k, v in self._slots.items() if k != instead_of}
-            after[adapter.name] = slot if slot is not None else self.store.slots
+            self._admit(adapter.outline)
+            slot = self.store.free_slot(self._slots.values())
+            after = {**self._slots, adapter.name: self.store.slots if slot is None else slot}
             self._commit(after, lambda: self._place(adapter, slot))
+
+    def room_without(self, leaving: Collection[str], coming: Sequence[AdapterOutline]) -> bool:
+        """Whether ``coming`` would fit, all of them, once the adapters named in ``leaving`` are gone."""
+        used = {slot for name, slot in self._slots.items() if name not in leaving}
+        free = [slot for slot in range(self.store.slots) if slot not in used]
+        return len(free) >= len(coming) and self.store.fits(free, [adapter.sites for adapter in coming])
+
+    def exchange(
+        self,
+        leaving: Sequence[str],
+        coming: Sequence[AdapterWeights],
+        choice: tuple[Selection | None] | None = None,
+    ) -> None:
+        """Some adapters for others, and with ``choice`` another selection in use, in one step, all or nothing.
+
+        CapacityError: no room; AdapterMismatchError: ``choice`` names one that is not there then
+        """
+        with self._changing():
+            before, chosen = self._slots, self._chosen
+            after = {name: slot for name, slot in before.items() if name not in leaving}
+            slots = [before[name] for name in leaving]
+            slots += [slot for slot in range(self.store.slots) if slot not in before.values()]
+            if len(slots) < len(coming):
+                raise CapacityError(f"no slots for {len(coming)} adapters: {len(slots)} are free or to be freed")
+            after.update(zip([adapter.name for adapter in coming], slots, strict=False))
+            kept = [
+                self.weights_of(name).packed(self.store.storage.dtype, self.store.storage.device) for name in leaving
+            ]
+            touched = slots[: max(len(leaving), len(coming))]
+            try:
+                for slot, adapter in zip_longest(touched, coming):
+                    if adapter is None or not self.store.holds(slot, adapter.layout):
+                        self.store.clear(slot)  # all of them first: any may need the rows of any
+                for slot, adapter in zip(slots, coming, strict=False):
+                    self.store.put(slot, adapter)
+                self._slots = after
+                if choice is not None:
+                    self._chosen = self._known(choice[0]) if choice[0] is not None else None
+            except BaseException:
+                self._slots, self._chosen = before, chosen
+                for slot in touched:
+                    self.store.clear(slot)
+                for name, weights in zip(leaving, kept, strict=True):
+                    self.store.put(before[name], weights)
+                raise
 
     def _reader(self) -> AdapterReader:
         if self._read is None:
@@ -373,7 +414,7 @@ class AdapterBank:
     def _place(self, adapter: AdapterWeights, slot: int | None) -> int:
         """Write ``adapter`` into ``slot`` (None: a new one), with a larger store if it does not fit this one."""
         if slot is not None and (
-            self.store.holds(slot, adapter.layout) or self.store.find_room(adapter.outline.sites, instead_of=slot)
+            self.store.holds(slot, adapter.layout) or self.store.find_room(adapter.shapes, instead_of=slot)
         ):
             self.store.put(slot, adapter)
             return slot

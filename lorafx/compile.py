@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from lorafx import peft_layers
-from lorafx.adapters import AdapterWeights
+from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
-from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.peft_loading import PeftLoader
 from lorafx.reading import AdapterReader
+from lorafx.reserving import bank_dtype, make_store
 from lorafx.runtime import Runtime, runtime_of
-from lorafx.store import PackedStore, Site
 
 log = logging.getLogger("lorafx")
 
@@ -38,7 +38,8 @@ def compile(
 
     model: an nn.Module, PreTrainedModel or PeftModel, in any mode
     adapters: None (the ones already on a PeftModel), a path, ``{name: source}`` or a list of paths; a source is the
-        folder that PEFT's ``save_pretrained`` wrote, a state dict, or a (state dict, LoraConfig or dict) pair
+        folder that PEFT's ``save_pretrained`` wrote, a state dict, or a (state dict, LoraConfig or dict) pair. Or an
+        ``AdapterStore``, which holds more adapters than there is room for
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names
     dynamic, mode, options: as torch.compile's; mode "eager" computes the same at once and compiles nothing;
@@ -54,13 +55,14 @@ def compile(
     if validate:
         raise LorafxError("validate=True is not there yet; leave it out")
     parsed = Options.parse(options, mode)
-    for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise LorafxError(f"got {name}={value!r}; expected a whole number of at least 1")
-    sources = as_mapping(adapters)
+    shelf = adapters if isinstance(adapters, AdapterStore) else None
+    sources = as_mapping(None if shelf is not None else adapters)
+    room: dict[str, Any] = {"max_adapters": max_adapters, "max_rank": max_rank, "target_modules": target_modules}
     root = peft_layers.base_model_of(model)
     _check_lowering(root, parsed.lowering)
     on_peft = peft_layers.has_adapters(root)
+    if shelf is not None:
+        _check_shelf(shelf, on_peft, max_adapters)
     if on_peft:
         loader = PeftLoader(model, root)
         loaded = loader.load_all(sources)
@@ -68,10 +70,12 @@ def compile(
         weights = peft_layers.adapters_on(layers)
     else:
         layers, unfused = {}, {}
-        reader = AdapterReader(root, _bank_dtype(root))
+        reader = AdapterReader(root, bank_dtype(root))
+        if shelf is not None and (max_rank is None or target_modules is None):
+            room["others"] = list(shelf.outlines(reader.open))
         weights = [reader.open(name, source).read() for name, source in sources.items()]
     try:
-        store = _make_store(root, weights, layers, max_adapters, max_rank, target_modules)
+        store = make_store(root, weights, **room)
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
@@ -90,6 +94,9 @@ def compile(
         if len(sources) == 1:
             bank.use(next(iter(sources)))
     runtime.install()
+    if shelf is not None:
+        shelf.attach(model)
+    log.info("the bank takes %s bytes, %s of them reserved", f"{bank.nbytes:,}", f"{bank.reserved:,}")
     for path, reason in unfused.items():
         log.warning("%s is left to PEFT: %s", path, reason)
     return model
@@ -102,6 +109,18 @@ def uncompile(model: nn.Module) -> nn.Module:
         raise LorafxError("this model is not compiled by lorafx")
     runtime.remove()
     return model
+
+
+def _check_shelf(shelf: AdapterStore, on_peft: bool, max_adapters: int | None) -> None:
+    if on_peft:
+        raise UnsupportedModelError(
+            "an AdapterStore can't serve a model with PEFT's layers, which keep every adapter: compile the base model"
+            " (peft_model.unload() gives it back), and have the store read the adapters."
+        )
+    if max_adapters is None:
+        raise LorafxError("an AdapterStore needs max_adapters: how many adapters may be on the device at once")
+    if shelf.model is not None:
+        raise UnsupportedModelError("this AdapterStore serves a model already; make another one for this model")
 
 
 def _check_model(model: Any) -> None:
@@ -140,82 +159,6 @@ def _check_lowering(root: nn.Module, lowering: str) -> None:
         except ImportError as error:
             raise UnsupportedModelError(f'lowering="triton" needs the triton package: {error}') from error
         check_device(parameter.device)
-
-
-def _bank_dtype(root: nn.Module) -> torch.dtype:
-    """float32, as PEFT keeps adapters beside a float32, bf16 or fp16 base; float64 beside a float64 base."""
-    doubles = any(p.dtype == torch.float64 for p in root.parameters())
-    return torch.float64 if doubles else torch.float32
-
-
-def _make_store(
-    root: nn.Module,
-    weights: list[AdapterWeights],
-    layers: dict[str, Any],
-    max_adapters: int | None,
-    max_rank: int | None,
-    target_modules: Iterable[str] | str | None,
-) -> PackedStore:
-    """An empty store with room for ``weights`` and for what was reserved."""
-    if max_adapters is not None and len(weights) > max_adapters:
-        raise CapacityError(f"{len(weights)} adapters for max_adapters={max_adapters}")
-    largest = max((adapter.ranks[-1] for adapter in weights if adapter.ranks), default=None)
-    if max_rank is not None and largest is not None and largest > max_rank:
-        raise CapacityError(f"an adapter has rank {largest}, max_rank is {max_rank}")
-    names = dict.fromkeys(path for adapter in weights for path in adapter.sites)
-    names.update(dict.fromkeys(_targets(root, target_modules)))
-    order = {path: i for i, (path, _) in enumerate(root.named_modules())}
-    sites, capacities, biases = [], {}, {}
-    rank = max_rank or largest or 0
-    slots = max(max_adapters or 0, len(weights), 1)
-    for path in sorted(names, key=order.__getitem__):
-        here = [adapter.sites[path] for adapter in weights if path in adapter.sites]
-        if here:
-            shape = here[0].a.shape[1], here[0].b.shape[0]
-        else:
-            shape = _linear_shape(root.get_submodule(path), path)
-        sites.append(Site(path, *shape))
-        used = sum(site.rank for site in here)
-        reserve = (slots - len(here)) * rank if max_adapters is not None or target_modules is not None else 0
-        capacities[path] = used + reserve
-        biases[path] = sum(site.bias is not None for site in here)
-    sample = weights[0].sites if weights else {}
-    first = next(iter(sample.values())).a if sample else None
-    parameter = next(root.parameters(), None)
-    dtype = first.dtype if first is not None else _bank_dtype(root)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    return PackedStore(sites, capacities, biases, slots, dtype, device)
-
-
-def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> list[str]:
-    """Layers named by ``target_modules``, as PEFT matches names: the end of the path."""
-    if target_modules is None:
-        return []
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if wanted == ["all-linear"]:
-        return peft_layers.all_linear(root)
-    found = [
-        path for path, _ in root.named_modules() if any(path == name or path.endswith(f".{name}") for name in wanted)
-    ]
-    missing = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in found)]
-    if missing:
-        raise AdapterMismatchError(
-            f"target_modules names {missing[0]!r}, which {type(root).__name__} has no layer of; expected the end of"
-            " a module's path, such as 'q_proj'"
-        )
-    return found
-
-
-def _linear_shape(module: nn.Module, path: str) -> tuple[int, int]:
-    """(in, out) of a linear layer, whatever class it is of."""
-    from peft.tuners.tuners_utils import _get_in_out_features
-
-    with_shape = _get_in_out_features(module) if not isinstance(module, nn.Embedding) else (None, None)
-    if not isinstance(with_shape[0], int):
-        raise UnsupportedModelError(
-            f"{path} is a {type(module).__name__}, no linear layer; room can't be reserved there"
-        )
-    return with_shape
 
 
 __all__ = ["compile", "uncompile"]

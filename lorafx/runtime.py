@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import peft_layers
+from lorafx import peft_layers, peft_methods
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
@@ -74,6 +74,7 @@ class Runtime:
             vars(module)["_lorafx_runtime"] = self
         if hasattr(type(self.root), "generate"):
             vars(self.root)["generate"] = Generate(self)
+        peft_methods.guard(self.root, self.bank)
         tuner = peft_layers.tuner_of(self.model)
         if tuner is not None:
             vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
@@ -81,6 +82,8 @@ class Runtime:
 
     def remove(self) -> None:
         """Take everything off again."""
+        if self.bank._shelf is not None:
+            self.bank._shelf.detach()
         for hook in self._hooks:
             hook.remove()
         for module in self.root.modules():
@@ -91,7 +94,7 @@ class Runtime:
         tuner = peft_layers.tuner_of(self.model)
         for module, names in (
             (self.model, ("lora", "_lorafx_runtime")),
-            (self.root, ("lora", "_lorafx_runtime", "generate", "_compiled_call_impl")),
+            (self.root, ("lora", "_lorafx_runtime", "generate", "_compiled_call_impl", *peft_methods.GUARDED)),
             (tuner, ("_enable_peft_forward_hooks",)),
         ):
             for name in names if module is not None else ():

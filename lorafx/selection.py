@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import KeysView, Mapping, Sequence
 from typing import Union
 
 from lorafx.errors import AdapterMismatchError
@@ -42,5 +42,6 @@ def _row(item: object) -> Row:
     raise AdapterMismatchError(f"got {item!r} for a row's adapter; expected a name, None or a dict name -> weight")
 
 
-def names_in(selection: Selection) -> set[str]:
-    return {name for row in selection for name, _ in row}
+def names_in(selection: Selection) -> KeysView[str]:
+    """Each once, in the order in which they are named."""
+    return dict.fromkeys(name for row in selection for name, _ in row).keys()

@@ -146,6 +146,21 @@ class PackedStore:
         geometry = {g.name: g for g in self.geometry}
         return find_room(geometry, self.taken, shapes, instead_of)
 
+    def fits(self, slots: Sequence[int], adapters: Sequence[Mapping[str, SiteShape]]) -> bool:
+        """Whether adapters of these shapes have room, one after the other, once all of ``slots`` are empty."""
+        left = {g.name: [g.capacity, g.biases] for g in self.geometry}
+        for slot, held in enumerate(self.taken):
+            for path, window in held.items() if slot not in slots else ():
+                left[path][0] -= window.rank
+                left[path][1] -= window.bias_row >= 0
+        for shapes in adapters:
+            for path, shape in shapes.items():
+                if path not in left:
+                    return False
+                left[path][0] -= shape.rank
+                left[path][1] -= shape.bias
+        return all(rows >= 0 and biases >= 0 for rows, biases in left.values())
+
     def holds(self, slot: int, layout: Layout | None) -> bool:
         """Whether ``slot`` holds an adapter of this layout, so that another one is only a copy of its numbers."""
         held = self._held[slot]
@@ -167,7 +182,7 @@ class PackedStore:
         if self.holds(slot, adapter.layout):
             self._rewrite(slot, adapter, self._held[slot])
             return
-        room = self.find_room(adapter.outline.sites, instead_of=slot)
+        room = self.find_room(adapter.shapes, instead_of=slot)
         if room is None:
             raise CapacityError(f"adapter {adapter.name!r} needs more rank rows than are free at some layer")
         runs = find_runs(self._pieces(room.windows.items(), adapter.layout))

@@ -1,0 +1,117 @@
+"""How much room a bank is made with: for the adapters that are given, and for those that are to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lorafx import peft_layers
+from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
+from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.store import PackedStore, Site
+
+
+def bank_dtype(root: nn.Module) -> torch.dtype:
+    """float32, as PEFT keeps adapters beside a float32, bf16 or fp16 base; float64 beside a float64 base."""
+    doubles = any(p.dtype == torch.float64 for p in root.parameters())
+    return torch.float64 if doubles else torch.float32
+
+
+def make_store(
+    root: nn.Module,
+    weights: Sequence[AdapterWeights],
+    *,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
+    target_modules: Iterable[str] | str | None = None,
+    others: Sequence[AdapterOutline] = (),
+) -> PackedStore:
+    """An empty store with room for ``weights`` and for what is reserved.
+
+    others: adapters of which any may come: as many of them as there are slots left then fit, whichever they are
+
+    LorafxError: arguments that contradict each other, layers that the model has not
+    """
+    for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise LorafxError(f"got {name}={value!r}; expected a whole number of at least 1")
+    if max_adapters is not None and len(weights) > max_adapters:
+        raise CapacityError(f"{len(weights)} adapters for max_adapters={max_adapters}")
+    largest = max((adapter.ranks[-1] for adapter in weights if adapter.ranks), default=None)
+    if max_rank is not None and largest is not None and largest > max_rank:
+        raise CapacityError(f"an adapter has rank {largest}, max_rank is {max_rank}")
+    slots = max(max_adapters or 0, len(weights), 1)
+    reserved = set(_targets(root, target_modules))
+    rank = max_rank or largest or 0
+    coming = _coming(others, slots - len(weights), max_rank)
+    sites, capacities, biases = [], {}, {}
+    given = {path for adapter in weights for path in adapter.sites}
+    for path, module in root.named_modules():
+        if path not in given | reserved | coming.keys():
+            continue
+        here = [adapter.shapes[path] for adapter in weights if path in adapter.sites]
+        known = here + coming.get(path, [])
+        shape = (known[0].in_features, known[0].out_features) if known else linear_shape(module, path)
+        sites.append(Site(path, *shape))
+        asked = path in reserved or (path in given and (max_adapters is not None or target_modules is not None))
+        spare = max((slots - len(here)) * rank if asked else 0, sum(s.rank for s in coming.get(path, [])))
+        capacities[path] = sum(site.rank for site in here) + spare
+        biases[path] = sum(site.bias for site in known)
+    sample = next((site for adapter in weights for site in adapter.sites.values()), None)
+    parameter = next(root.parameters(), None)
+    dtype = sample.a.dtype if sample is not None else bank_dtype(root)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    return PackedStore(sites, capacities, biases, slots, dtype, device)
+
+
+def _coming(others: Sequence[AdapterOutline], slots: int, max_rank: int | None) -> dict[str, list[SiteShape]]:
+    """For each layer the shapes of the ``slots`` adapters that take most there: no other choice of them takes more."""
+    shapes: dict[str, list[SiteShape]] = {}
+    for adapter in others:
+        if max_rank is None or not adapter.ranks or adapter.ranks[-1] <= max_rank:
+            for path, shape in adapter.sites.items():
+                shapes.setdefault(path, []).append(shape)
+    return {path: _largest(here, slots) for path, here in shapes.items()}
+
+
+def _largest(shapes: list[SiteShape], count: int) -> list[SiteShape]:
+    """The ``count`` of largest rank; a bias counts apart, so as many of those with one come first."""
+    ranks = sorted((s.rank for s in shapes), reverse=True)[:count]
+    biases = sum(s.bias for s in shapes)
+    first = shapes[0]
+    return [
+        SiteShape(rank, first.in_features, first.out_features, i < biases, first.scale) for i, rank in enumerate(ranks)
+    ]
+
+
+def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> list[str]:
+    """Layers named by ``target_modules``, as PEFT matches names: the end of the path."""
+    if target_modules is None:
+        return []
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if wanted == ["all-linear"]:
+        return peft_layers.all_linear(root)
+    found = [
+        path for path, _ in root.named_modules() if any(path == name or path.endswith(f".{name}") for name in wanted)
+    ]
+    missing = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in found)]
+    if missing:
+        raise AdapterMismatchError(
+            f"target_modules names {missing[0]!r}, which {type(root).__name__} has no layer of; expected the end of"
+            " a module's path, such as 'q_proj'"
+        )
+    return found
+
+
+def linear_shape(module: nn.Module, path: str) -> tuple[int, int]:
+    """(in, out) of a linear layer, whatever class it is of."""
+    from peft.tuners.tuners_utils import _get_in_out_features
+
+    with_shape = _get_in_out_features(module) if not isinstance(module, nn.Embedding) else (None, None)
+    if not isinstance(with_shape[0], int):
+        raise UnsupportedModelError(
+            f"{path} is a {type(module).__name__}, no linear layer; room can't be reserved there"
+        )
+    return with_shape
