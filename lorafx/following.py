@@ -91,7 +91,7 @@ class Follower:
             self._without = list(vars(runtime.root).get("peft_config", ()))
             return
         if bank._peft is None:  # PEFT has come to a model that was compiled without it
-            bank._peft, bank._read = PeftLoader(runtime.model, runtime.root), None
+            bank._peft, bank._read, bank._chosen = PeftLoader(runtime.model, runtime.root), None, None
         self._follow_dtype()
         self._repack()
         if new and bank.store is store:  # room was reserved; but the layer is another object now
