@@ -107,8 +107,8 @@ class Follower:
         if names and bank._peft is None and (bank.names or bank._shelf is not None):
             raise UnsupportedModelError(
                 f"PEFT has put adapters ({', '.join(names)}) on a model that lorafx has given others"
-                f" ({', '.join(bank.names) or 'an AdapterStore'}). Take the former off with model.delete_adapter, or"
-                " the latter with model.lora.unload."
+                f" ({', '.join(bank.names) or 'an AdapterStore'}). Take the former off with model.delete_adapter; or"
+                " lorafx.uncompile(model), and compile it as it is now."
             )
 
     def _follow_dtype(self) -> None:
