@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class Cost:
 
 
 NOTHING = Cost(1, 0, 1, "", True)
+NOWHERE = Cost(1, 0, 0, "", True)
 
 
 def count_steps(pattern: str) -> int:
@@ -75,39 +76,48 @@ def count_steps(pattern: str) -> int:
 
 def _sequence(items: Sequence[tuple[Any, Any]], depth: int) -> Cost:
     """One part after another: each is tried for every way in which those before it match."""
-    if depth > DEPTH_LIMIT:
-        raise ValueError(f"its groups are nested more than {DEPTH_LIMIT} deep. {INSTEAD}")
-    total = NOTHING
-    for kind, argument in items:
+    total, before = NOTHING, ""
+    for kind, argument in _without_groups(items, depth):
         part = _part(str(kind), argument, depth)
         ways = Cost(total.ways * part.ways, total.stars + part.stars, 0)
-        text = total.exact and part.exact
+        steps = total.all_ways * part.steps
+        if str(kind) == before == "LITERAL":
+            steps = 0  # a text costs little more than its first letter
+        if part.stars:
+            steps += ways.all_ways  # a star goes from way to way
         total = Cost(
             ways.ways,
             ways.stars,
-            # a text costs little more than its first letter; a star a step for each way that it adds
-            total.steps + (0 if text else total.all_ways * part.steps) + bool(part.stars) * ways.all_ways,
+            total.steps + steps,
             total.lead + part.lead if total.exact else total.lead,
-            text,
+            total.exact and part.exact,
         )
+        before = str(kind)
     return total
 
 
+def _without_groups(items: Iterable[tuple[Any, Any]], depth: int) -> Iterator[tuple[Any, Any]]:
+    """What stands in a group that is there once, in the group's place."""
+    if depth > DEPTH_LIMIT:
+        raise ValueError(f"its groups are nested more than {DEPTH_LIMIT} deep. {INSTEAD}")
+    for kind, argument in items:
+        if str(kind) == "SUBPATTERN":
+            yield from _without_groups(argument[3], depth + 1)
+        else:
+            yield kind, argument
+
+
 def _part(kind: str, argument: Any, depth: int) -> Cost:
-    if kind == "LITERAL":
-        return Cost(1, 0, 1, chr(argument), True)
+    if kind == "LITERAL" and argument <= 0x7F:
+        return Cost(1, 0, 1, chr(argument).lower(), True)  # M and m may be one: (?i)
     if kind == "IN":
         _check_set(argument)
     if kind in ONE_CHARACTER:
         return Cost(1, 0, 1)
     if kind == "AT":
-        return NOTHING
+        return NOWHERE
     if kind in REPEATS:
         return _repeat(*argument, depth)
-    if kind == "SUBPATTERN":
-        _, added, removed, items = argument
-        inner = _sequence(items, depth + 1)
-        return inner if not added and not removed else Cost(inner.ways, inner.stars, inner.steps)
     if kind == "ATOMIC_GROUP":
         return _sequence(argument, depth + 1)
     if kind in ("ASSERT", "ASSERT_NOT"):  # once it holds, it is not tried again

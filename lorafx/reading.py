@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import weakref
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from lorafx.adapter_config import check_config, read_config
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.folder_files import open_folder
 from lorafx.inferred_config import config_of_ranks, infer_config
-from lorafx.skeletons import Plan, check_base, load_onto, plan_of, skeleton, weights_on
-from lorafx.tensor_files import TensorSet, open_folder, open_state_dict
+from lorafx.plans import Plan, plan_of
+from lorafx.skeletons import check_base, load_onto, skeleton, weights_on
+from lorafx.tensor_files import TensorSet, open_state_dict
 
 PLANS_KEPT = 64
 # The fields of a config that say which layers it adapts, with which ranks and scales.
@@ -60,7 +63,8 @@ class AdapterReader:
     def _begin(self) -> None:
         """What can't be copied or pickled, and is made anew in a copy."""
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
-        self._planning = threading.Lock()
+        self._planning, self._looking = threading.Lock(), threading.Lock()
+        self._bare: nn.Module | None = None
         self._finite: weakref.WeakValueDictionary[int, AdapterWeights] = weakref.WeakValueDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +107,7 @@ class AdapterReader:
                 weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
             else:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
-                loaded = load_onto(name, skeleton(self.root), config, taken)
+                loaded = load_onto(name, self._skeleton(), config, taken)
                 check_base(name, self.root, loaded.base)
                 weights = weights_on(loaded)
             return self._checked(AdapterWeights(name, weights).packed(self.dtype))
@@ -114,20 +118,35 @@ class AdapterReader:
         """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
         fields = [(field, _in_order(getattr(config, field))) for field in DECIDING]
         key = sha256(repr((fields, list(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
-        with self._planning:  # PEFT is not made for threads
-            plan = self._plans.get(key)
+        plan = self._known(key)
+        if plan is not None:
+            return plan, plan.shapes
+        with self._planning:  # threads that come first together share one
+            plan = self._known(key)
             if plan is not None:
-                self._plans.move_to_end(key)
                 return plan, plan.shapes
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
-            loaded = load_onto(name, skeleton(self.root), config, stand_ins)
+            loaded = load_onto(name, self._skeleton(), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
             if plan is None:
                 return None, {path: site.shape for path, site in weights_on(loaded).items()}
-            self._plans[key] = plan
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
+            with self._looking:
+                self._plans[key] = plan
+                while len(self._plans) > PLANS_KEPT:
+                    self._plans.popitem(last=False)
             return plan, plan.shapes
+
+    def _known(self, key: bytes) -> Plan | None:
+        with self._looking:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+            return self._plans.get(key)
+
+    def _skeleton(self) -> nn.Module:
+        """One to use up. The first is kept: later the model itself may be in the middle of a forward."""
+        if self._bare is None:
+            self._bare = skeleton(self.root)
+        return copy.deepcopy(self._bare)
 
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
@@ -144,8 +163,7 @@ class AdapterReader:
         def read() -> AdapterWeights:
             weights = source if isinstance(source, AdapterWeights) else source.read()
             dtypes = {tensor.dtype for site in weights.sites.values() for tensor in site.tensors()}
-            checked = self._checked(weights)
-            return replace(checked if dtypes <= {self.dtype} else checked.packed(self.dtype), name=name)
+            return replace(self._checked(weights if dtypes <= {self.dtype} else weights.packed(self.dtype)), name=name)
 
         return AdapterOutline(name, outline.sites, read)
 

@@ -3,20 +3,18 @@
 PEFT knows which layers a config targets, what ``rank_pattern``, ``alpha_pattern`` and rsLoRA make of ranks and scales,
 and how the names in old files map to a model of transformers 5. So the adapter is loaded into a skeleton: the model's
 modules on the meta device. What is loaded there first are meta tensors of the file's names and shapes, each of which
-can be told from all others; where they are found afterwards is where the file's tensors belong. That is a ``Plan``,
-and holds for every file of that structure. Where PEFT makes new tensors of the file's, there is none, and the real
-tensors take the same way.
+can be told from all others; where they are found afterwards is where the file's tensors belong (``plans.py``). Where
+PEFT makes new tensors of the file's, the real ones take the same way.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate, chain
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,50 +23,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lorafx.adapters import SiteShape, SiteWeights
+from lorafx.adapters import SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
-from lorafx.packing_files import Packing, packing_of
 from lorafx.peft_layers import AdaptedLinear
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
-
-
-@dataclass(frozen=True)
-class PlannedSite:
-    """Which tensors of the file one layer takes, and what that makes of it."""
-
-    a: str
-    b: str
-    bias: str | None
-    shape: SiteShape
-
-    def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
-        return SiteWeights(take(self.a), take(self.b), None if self.bias is None else take(self.bias), self.shape.scale)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
-    starts: where each tensor begins in a file that has them in this order, in one piece
-
-    PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
-    """
-
-    sites: Mapping[str, PlannedSite]
-    base: Mapping[str, str]
-    starts: Mapping[str, int]
-
-    @cached_property
-    def shapes(self) -> dict[str, SiteShape]:
-        return {path: site.shape for path, site in self.sites.items()}
-
-    @cached_property
-    def packing(self) -> Packing:
-        start = self.starts.get
-        return packing_of(
-            self.shapes, {path: (start(site.a), start(site.b), start(site.bias)) for path, site in self.sites.items()}
-        )
 
 
 @dataclass(frozen=True)
@@ -145,37 +105,13 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
             + ".",
             "the tensors of the layers that its config targets: is it a config that does not belong to the file",
         )
-    lora = {id(parameter) for parameter in _lora_parameters(layers).values()}
+    lora = {id(parameter) for parameter in lora_parameters(layers).values()}
     base = {
         key.replace(".base_layer.", "."): tensor
         for key, tensor in _named_tensors(bare).items()
         if tensor is not before[key] and id(tensor) not in lora
     }
     return Loaded(layers, base)
-
-
-def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | None:
-    """Where each of ``tensors``, which were new meta tensors, went. None: PEFT has made others of some.
-
-    AdapterMismatchError: two are the same weight
-    """
-    names = {_identity(tensor): key for key, tensor in tensors.items()}
-    lora = {key: names.get(_identity(tensor)) for key, tensor in _lora_parameters(loaded.layers).items()}
-    base = {names.get(_identity(tensor)): path for path, tensor in loaded.base.items()}
-    if None in lora.values() or None in base:
-        return None
-    left = tensors.keys() - set(lora.values()) - base.keys()
-    if left:
-        raise AdapterMismatchError(
-            f"adapter {name!r} has {len(left)} tensor(s) that are loaded nowhere, for example {min(left)!r}: another"
-            " one is the same weight under another name. Expected each weight once; take one of them out."
-        )
-    sites = {
-        path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
-        for path, site in weights_on(loaded).items()
-    }
-    ends = accumulate(tensor.numel() for tensor in tensors.values())
-    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)))
 
 
 def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
@@ -223,7 +159,7 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     return layers
 
 
-def _lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], nn.Parameter]:
+def lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], nn.Parameter]:
     found = {}
     for path, layer in layers.items():
         found[path, "A"], found[path, "B"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
@@ -237,12 +173,6 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-
-
-def _identity(tensor: Tensor) -> tuple:
-    """Equal for two tensors that are one: memory (or what stands for it on meta), order, and never written to."""
-    memory = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor._version
-    return *memory, *tensor.shape, *tensor.stride()
 
 
 @contextmanager

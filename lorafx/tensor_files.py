@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import pickletools
 import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafx.errors import AdapterFormatError
-from lorafx.file_paths import find_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEADER_LIMIT = 16 << 20  # bytes; a header has about 100 for each tensor
 TENSORS_LIMIT = 1 << 16
 NAME_LIMIT = 512
-PICKLE_LIMIT = 64 << 20  # bytes of the pickle in a .bin, which holds names and shapes only
-
-# What the pickle of a state dict calls. torch's own list for weights_only is longer: bytearray(10**12) is on it.
-GLOBALS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")),
-}
-CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +37,6 @@ class TensorSet:
     shapes: Mapping[str, tuple[int, ...]]
     take: Callable[[str], Tensor]
     flat: Callable[[], Tensor] | None = None
-
-
-def open_folder(name: str, folder: Path) -> TensorSet:
-    """The weights in a PEFT folder. AdapterFormatError: there are none, or they can't be those of a LoRA adapter."""
-    for file, opener in ((SAFETENSORS_WEIGHTS_NAME, open_safetensors), (WEIGHTS_NAME, open_pickle)):
-        found = find_regular(name, folder / file)
-        if found is not None:
-            return opener(name, folder / file, found)
-    raise AdapterFormatError(
-        f"adapter {name!r}: {str(folder)!r} has no weights; expected {SAFETENSORS_WEIGHTS_NAME} beside its config."
-    )
 
 
 def open_safetensors(name: str, path: Path, found: os.stat_result) -> TensorSet:
@@ -81,7 +56,7 @@ def open_safetensors(name: str, path: Path, found: os.stat_result) -> TensorSet:
         if _version(os.stat(path)) != _version(found):
             raise ValueError("it was changed while it was opened")
     except (SafetensorError, struct.error, OSError, ValueError, OverflowError, RuntimeError) as error:
-        raise _unreadable(name, path, error) from error
+        raise unreadable(name, path, error) from error
     for key, (shape, dtype) in kinds.items():
         _check_kind(name, key, shape, DTYPES.get(dtype), dtype)
 
@@ -95,13 +70,13 @@ def open_safetensors(name: str, path: Path, found: os.stat_result) -> TensorSet:
             checked()
             return opened.get_tensor(key)
         except (SafetensorError, OSError, ValueError) as error:
-            raise _unreadable(name, path, error) from error
+            raise unreadable(name, path, error) from error
 
     def flat() -> Tensor:
         try:
             checked()
         except (OSError, ValueError) as error:
-            raise _unreadable(name, path, error) from error
+            raise unreadable(name, path, error) from error
         return torch.empty(0, dtype=dtype).set_(mapped, (8 + header) // dtype.itemsize, (count,))
 
     shapes = {key: shape for key, (shape, _) in kinds.items()}
@@ -116,34 +91,6 @@ def open_safetensors(name: str, path: Path, found: os.stat_result) -> TensorSet:
 
 def _version(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def open_pickle(name: str, path: Path, found: os.stat_result) -> TensorSet:
-    """A ``torch.save`` file: mapped, its pickle checked to be that of a state dict, then read with weights_only."""
-    if not zipfile.is_zipfile(path):
-        raise AdapterFormatError(
-            f"adapter {name!r}: the weights in {str(path)!r} can't be read: no zip file, as torch.save writes since"
-            " 1.6. Older ones are pickles, which run code: load it where you trust it, and save it as"
-            f" {SAFETENSORS_WEIGHTS_NAME}."
-        )
-    try:
-        _check_zip(path, found.st_size)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise _unreadable(name, path, error) from error
-    if not isinstance(tensors, dict):
-        raise AdapterFormatError(
-            f"adapter {name!r}: {str(path)!r} holds a {type(tensors).__name__}; expected a dict of tensors by name."
-        )
-    opened = open_state_dict(name, tensors)
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > found.st_size:
-        raise AdapterFormatError(
-            f"adapter {name!r}: the tensors in {str(path)!r} have {claimed:,} bytes together, the file"
-            f" {found.st_size:,}: they share memory. Expected a tensor's own numbers for each: save it as"
-            f" {SAFETENSORS_WEIGHTS_NAME}."
-        )
-    return opened
 
 
 def open_state_dict(name: str, tensors: Mapping[str, Any]) -> TensorSet:
@@ -199,23 +146,7 @@ def _check_kind(name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype 
         )
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """ValueError: not what torch.save writes for a state dict."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("a record in it is compressed; torch.save stores them as they are")
-        if sum(record.file_size for record in records) > size:
-            raise ValueError("its records claim more bytes than the file has")
-        pickles = [record for record in records if record.filename.endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT:
-            raise ValueError("expected one data.pkl in it, of names and shapes")
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name in CALLS or (opcode.name == "GLOBAL" and argument not in GLOBALS):
-                raise ValueError(f"its pickle uses {argument or opcode.name}, which no state dict of weights needs")
-
-
-def _unreadable(name: str, path: Path, error: Exception) -> AdapterFormatError:
+def unreadable(name: str, path: Path, error: Exception) -> AdapterFormatError:
     if isinstance(error, AdapterFormatError):
         return error
     return AdapterFormatError(

@@ -1,0 +1,85 @@
+"""Where each tensor of an adapter's file belongs: found out once for all files of one structure.
+
+Found out by identity, not by names: see ``skeletons.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+
+from torch import Tensor
+
+from lorafx.adapters import SiteShape, SiteWeights
+from lorafx.errors import AdapterMismatchError
+from lorafx.packing_files import Packing, packing_of
+from lorafx.skeletons import Loaded, lora_parameters, weights_on
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """Which tensors of the file one layer takes, and what that makes of it."""
+
+    a: str
+    b: str
+    bias: str | None
+    shape: SiteShape
+
+    def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
+        return SiteWeights(take(self.a), take(self.b), None if self.bias is None else take(self.bias), self.shape.scale)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
+    starts: where each tensor begins in a file that has them in this order, in one piece
+
+    PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
+    """
+
+    sites: Mapping[str, PlannedSite]
+    base: Mapping[str, str]
+    starts: Mapping[str, int]
+
+    @cached_property
+    def shapes(self) -> dict[str, SiteShape]:
+        return {path: site.shape for path, site in self.sites.items()}
+
+    @cached_property
+    def packing(self) -> Packing:
+        start = self.starts.get
+        return packing_of(
+            self.shapes, {path: (start(site.a), start(site.b), start(site.bias)) for path, site in self.sites.items()}
+        )
+
+
+def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | None:
+    """Where each of ``tensors``, which were new meta tensors, went. None: PEFT has made others of some.
+
+    AdapterMismatchError: two are the same weight
+    """
+    names = {_identity(tensor): key for key, tensor in tensors.items()}
+    lora = {key: names.get(_identity(tensor)) for key, tensor in lora_parameters(loaded.layers).items()}
+    base = {names.get(_identity(tensor)): path for path, tensor in loaded.base.items()}
+    if None in lora.values() or None in base:
+        return None
+    left = tensors.keys() - set(lora.values()) - base.keys()
+    if left:
+        raise AdapterMismatchError(
+            f"adapter {name!r} has {len(left)} tensor(s) that are loaded nowhere, for example {min(left)!r}: another"
+            " one is the same weight under another name. Expected each weight once; take one of them out."
+        )
+    sites = {
+        path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
+        for path, site in weights_on(loaded).items()
+    }
+    ends = accumulate(tensor.numel() for tensor in tensors.values())
+    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)))
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """Equal for two tensors that are one: memory (or what stands for it on meta), order, and never written to."""
+    memory = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor._version
+    return *memory, *tensor.shape, *tensor.stride()
