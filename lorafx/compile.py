@@ -14,6 +14,7 @@ from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
 from lorafx.errors import LorafxError, UnsupportedModelError
+from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.reading import AdapterReader
 from lorafx.reserving import bank_dtype, make_store
@@ -59,6 +60,7 @@ def compile(
     sources = as_mapping(None if shelf is not None else adapters)
     room: dict[str, Any] = {"max_adapters": max_adapters, "max_rank": max_rank, "target_modules": target_modules}
     root = peft_layers.base_model_of(model)
+    check_in_place(root)
     _check_lowering(root, parsed.lowering)
     on_peft = peft_layers.has_adapters(root)
     if shelf is not None:

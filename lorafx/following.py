@@ -12,6 +12,7 @@ from lorafx import peft_layers
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import warn_once
 from lorafx.errors import UnsupportedModelError
+from lorafx.offloading import check_in_place, hook_of
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
 from lorafx.routing import MAX_PAIRS
@@ -33,6 +34,7 @@ class Follower:
         self._agrees = True
         self.gone = False
         self._state: PeftState | None = None
+        self._hook = hook_of(runtime.root)  # accelerate's
         self._without: list[str] = []  # PEFT's adapters that are on no layer of ours
         self._anchor: tuple[PackedStore | None, dict[str, Any]] = None, {}  # parameters that say where the model is
 
@@ -55,7 +57,7 @@ class Follower:
 
     def _holds(self, names: Iterable[str] | None) -> bool:
         runtime = self.runtime
-        if self._device() != runtime.bank.store.storage.device:
+        if self._device() != runtime.bank.store.storage.device or hook_of(runtime.root) is not self._hook:
             return False
         if self._state is None:
             return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
@@ -68,16 +70,14 @@ class Follower:
             layer = self.runtime.root.get_submodule(store.sites[0].name) if store.sites else nn.Module()
             self._anchor = store, getattr(layer, "base_layer", layer)._parameters
         weight = next((p for p in self._anchor[1].values() if p is not None), store.storage)
-        if weight.device.type == "meta":
-            raise UnsupportedModelError(
-                f"the weights of {store.sites[0].name} are on the meta device: offloaded by accelerate, or moved there."
-                " Load the model onto one device (device_map={'': device}), or lorafx.uncompile(model) first."
-            )
         return weight.device
 
     def _bring_up(self) -> None:
         """Alone with the bank."""
         runtime, bank = self.runtime, self.runtime.bank
+        check_in_place(runtime.root)
+        if hook_of(runtime.root) is not self._hook:
+            self._hook, runtime._entry = hook_of(runtime.root), None
         if self._device() != bank.store.storage.device:
             bank.move(self._device())
             runtime._entry = None

@@ -18,7 +18,7 @@ from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.selection import Selection, names_in, normalize
-from lorafx.sites import SiteHook
+from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
 log = logging.getLogger("lorafx")
 
@@ -66,19 +66,24 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ putting on
 
     def install(self) -> None:
-        """Put hooks, the compiled call and ``lora`` on the model."""
-        self._connect_bank()
-        self._attach_sites()
-        for module in {id(m): m for m in (self.model, self.root)}.values():
-            vars(module)["lora"] = self.bank
-            vars(module)["_lorafx_runtime"] = self
-        if hasattr(type(self.root), "generate"):
-            vars(self.root)["generate"] = Generate(self)
-        peft_methods.guard(self.root, self.bank)
-        tuner = peft_layers.tuner_of(self.model)
-        if tuner is not None:
-            vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
-        self.follower.follow()
+        """Put hooks, the compiled call and ``lora`` on the model; on an error, nothing."""
+        try:
+            self._connect_bank()
+            self._attach_sites()
+            self._hooks.append(self.root.register_forward_pre_hook(RefuseNames(), with_kwargs=True))
+            for module in {id(m): m for m in (self.model, self.root)}.values():
+                vars(module)["lora"] = self.bank
+                vars(module)["_lorafx_runtime"] = self
+            if hasattr(type(self.root), "generate"):
+                vars(self.root)["generate"] = Generate(self)
+            peft_methods.guard(self.root, self.bank)
+            tuner = peft_layers.tuner_of(self.model)
+            if tuner is not None:
+                vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
+            self.follower.follow()
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take everything off again."""
@@ -101,10 +106,12 @@ class Runtime:
                 vars(module).pop(name, None)
 
     def drop_hooks(self, module: nn.Module) -> None:
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, SiteHook) and hook.bank is self.bank:
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, RefuseNames) or (isinstance(hook, SiteHook) and hook.bank is self.bank):
+                    del hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _connect_bank(self) -> None:
         self.bank._on_new_store = self._on_new_store
@@ -119,6 +126,8 @@ class Runtime:
             for hook in module._forward_hooks.values()
             if isinstance(hook, SiteHook) and hook.bank is self.bank
         }
+        new = [path for path in self.bank.store.index if path not in self.peft and path not in have]
+        check_one_place(self.root, new)
         for path, site in self.bank.store.index.items():
             if path in self.peft:
                 peft_layers.adapt(self.peft[path], self.bank, site)

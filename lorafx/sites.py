@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,31 @@ class SiteHook:
         if torch.compiler.is_compiling():
             return torch.ops.lorafx.site.default(output, x, self.bank.key, self.site)
         return apply_site(self.bank, self.site, output, x)
+
+
+class RefuseNames:
+    """A forward pre-hook of the model. Its compiled call takes ``adapter_names`` out; a shallow copy has none."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedModelError(
+                "adapter_names reached the model past lorafx's call of it, and would be ignored. A copy.copy of a model"
+                " doesn't take them: call the model itself, or a copy.deepcopy."
+            )
+
+
+def check_one_place(root: nn.Module, paths: Iterable[str]) -> None:
+    """UnsupportedModelError: one of these modules stands at several places, which a hook on it can't tell apart."""
+    places: dict[int, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    for path in paths:
+        same = places[id(root.get_submodule(path))]
+        if len(same) > 1:
+            raise UnsupportedModelError(
+                f"{' and '.join(same)} are the same module; PEFT adapts {same[0]} alone, a hook on it both. Use a"
+                " PeftModel, whose layer stands at one place only."
+            )
 
 
 def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
