@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,7 @@ class AdapterBank:
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
         self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
         self._follow: Callable[[], None] = lambda: None  # brings the bank up to PEFT's layers
+        self._changing_peft: Callable[[str], AbstractContextManager[None]] = nullcontext  # with the bank after them
         self._on_new_store: Callable[[str | None], None] = lambda reason: None
         self._guard_use: Callable[[Selection], None] = lambda selection: None
         self._begin()
@@ -258,10 +259,10 @@ class AdapterBank:
         AdapterFormatError: not an adapter; AdapterMismatchError: does not fit the model, or the name is taken;
         CapacityError: more adapters than ``max_adapters``. In each case nothing has changed.
         """
+        self._follow()
         self._check_free(name)
         if self._peft is not None:
-            with self._changing_peft():
-                self._peft.load(name, source, lambda adapter: self._admit(adapter.outline))
+            self._peft.load(name, source)
             return
         outline = self._reader().open(name, source)
         self._admit(outline)  # before any weight is read
@@ -269,10 +270,10 @@ class AdapterBank:
 
     def replace(self, name: str, source: Any) -> None:
         """Put another adapter in the place of ``name``, which may be in use; its rank and layers may differ."""
+        self._follow()
         slot = self._slot(name)
         if self._peft is not None:
-            with self._changing_peft():
-                self._peft.replace(name, source, lambda adapter: self._admit(adapter.outline, self._slots[name]))
+            self._peft.replace(name, source)
             return
         adapter = source
         if not (isinstance(source, AdapterWeights) and self.store.holds(slot, source.layout)):
@@ -289,11 +290,10 @@ class AdapterBank:
 
         AdapterMismatchError: not loaded, or in use
         """
+        self._follow()
         self._slot(name)
         if self._peft is not None:
-            self._check_unused(name)
-            with self._changing_peft():
-                self._peft.unload(name)
+            self._peft.unload(name)
             return
         with self._changing():
             slot = self._slot(name)
@@ -380,16 +380,6 @@ class AdapterBank:
         except BaseException:
             self._slots = before
             raise
-
-    @contextmanager
-    def _changing_peft(self) -> Iterator[None]:
-        """PEFT's layers change inside, and the bank after them; what ``use`` chose stays."""
-        self._follow()
-        chosen = self._chosen
-        with self._lock.writing():
-            yield
-        self._follow()
-        self._chosen = chosen
 
     def _slot(self, name: str) -> int:
         slot = self._slots.get(name) if isinstance(name, str) else None

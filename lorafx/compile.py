@@ -14,6 +14,7 @@ from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
 from lorafx.errors import LorafxError, UnsupportedModelError
+from lorafx.module_snapshot import unchanged_on_error
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.reading import AdapterReader
@@ -65,37 +66,34 @@ def compile(
     on_peft = peft_layers.has_adapters(root)
     if shelf is not None:
         _check_shelf(shelf, on_peft, max_adapters)
-    if on_peft:
-        loader = PeftLoader(model, root)
-        loaded = loader.load_all(sources)
-        layers, unfused = peft_layers.supported_layers(root)
-        weights = peft_layers.adapters_on(layers)
-    else:
-        layers, unfused = {}, {}
-        reader = AdapterReader(root, bank_dtype(root))
-        if shelf is not None and (max_rank is None or target_modules is None):
-            room["others"] = list(shelf.outlines(reader.open))
-        weights = [reader.open(name, source).read() for name, source in sources.items()]
-    try:
+    with unchanged_on_error(model):
+        if on_peft:
+            loader = PeftLoader(model, root)
+            for name, source in sources.items():
+                loader.load(name, source)
+            layers, unfused = peft_layers.supported_layers(root)
+            weights = peft_layers.adapters_on(layers)
+        else:
+            layers, unfused = {}, {}
+            reader = AdapterReader(root, bank_dtype(root))
+            if shelf is not None and (max_rank is None or target_modules is None):
+                room["others"] = list(shelf.outlines(reader.open))
+            weights = [reader.open(name, source).read() for name, source in sources.items()]
         store = make_store(root, weights, **room)
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
         for adapter in weights:
             bank.add(adapter)
-    except BaseException:
+        runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")
+        runtime.peft, runtime.unfused = layers, unfused
         if on_peft:
-            loader.unload_all(loaded)
-        raise
-    runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")
-    runtime.peft, runtime.unfused = layers, unfused
-    if on_peft:
-        bank._peft = loader
-    else:
-        bank._read = reader
-        if len(sources) == 1:
-            bank.use(next(iter(sources)))
-    runtime.install()
+            bank._peft, loader.bank = loader, bank
+        else:
+            bank._read = reader
+            if len(sources) == 1:
+                bank.use(next(iter(sources)))
+        runtime.install()
     if shelf is not None:
         shelf.attach(model)
     log.info("the bank takes %s bytes, %s of them reserved", f"{bank.nbytes:,}", f"{bank.reserved:,}")

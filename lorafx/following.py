@@ -34,7 +34,7 @@ class Follower:
         self._agrees = True
         self.gone = False
         self._state: PeftState | None = None
-        self._hook = hook_of(runtime.root)  # accelerate's
+        self._hook: Any = None  # accelerate's
         self._without: list[str] = []  # PEFT's adapters that are on no layer of ours
         self._anchor: tuple[PackedStore | None, dict[str, Any]] = None, {}  # parameters that say where the model is
 
@@ -45,23 +45,29 @@ class Follower:
         """
         bank = self.runtime.bank
         with bank.reading():
-            if self._holds(names):
+            if self.holds(names):
                 return
         with bank._changing():
-            if not self._holds(names):
-                self._bring_up()
+            if not self.holds(names):
+                self.bring_up()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"runtime": self.runtime}  # what was seen holds for one model only
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def agrees(self) -> bool:
         """What PEFT has set up for the call under way is something that the fused ops can do."""
         return self._agrees and not peft_layers.hooked_by_name(self.runtime.peft)
 
-    def _holds(self, names: Iterable[str] | None) -> bool:
+    def holds(self, names: Iterable[str] | None) -> bool:
         runtime = self.runtime
         if self._device() != runtime.bank.store.storage.device or hook_of(runtime.root) is not self._hook:
             return False
         if self._state is None:
             return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
-        return self._state.holds(runtime.bank.names if names is None else {*names, *names_in(runtime.bank.in_use)})
+        return self._state.holds(runtime.bank._slots if names is None else {*names, *names_in(runtime.bank.in_use)})
 
     def _device(self) -> torch.device:
         """Where the first site's layer is; the bank's own if that can't be told."""
@@ -72,8 +78,8 @@ class Follower:
         weight = next((p for p in self._anchor[1].values() if p is not None), store.storage)
         return weight.device
 
-    def _bring_up(self) -> None:
-        """Alone with the bank."""
+    def bring_up(self, heeding: bool = True) -> None:
+        """Alone with the bank; if stopped half-way it can be done again. ``heeding``: PEFT's ``set_adapter``."""
         runtime, bank = self.runtime, self.runtime.bank
         check_in_place(runtime.root)
         if hook_of(runtime.root) is not self._hook:
@@ -86,18 +92,19 @@ class Follower:
         if self.gone:
             return
         self._check_no_other_adapters()
-        new, store = self._find_new_layers(), bank.store
+        self._find_new_layers()
         if not runtime.peft:
             self._without = list(vars(runtime.root).get("peft_config", ()))
             return
         if bank._peft is None:  # PEFT has come to a model that was compiled without it
-            bank._peft, bank._read, bank._chosen = PeftLoader(runtime.model, runtime.root), None, None
+            bank._peft, bank._read, bank._chosen = PeftLoader(runtime.model, runtime.root, bank), None, None
         self._follow_dtype()
         self._repack()
-        if new and bank.store is store:  # room was reserved; but the layer is another object now
+        new = [path for path, layer in runtime.peft.items() if not isinstance(layer, peft_layers.AdaptedLinear)]
+        if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
         state = PeftState(runtime.root, runtime.peft)
-        if self._state is not None and state.spoken is not self._state.spoken:
+        if heeding and self._state is not None and state.spoken is not self._state.spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
         self._read_switches()
         self._state = state
@@ -134,8 +141,8 @@ class Follower:
         if reason is not None:
             warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
 
-    def _find_new_layers(self) -> list[str]:
-        """PEFT's load_adapter may have adapted layers that no adapter did before. Returns their paths."""
+    def _find_new_layers(self) -> None:
+        """PEFT's load_adapter may have adapted layers that no adapter did before."""
         runtime = self.runtime
         layers, unfused = peft_layers.supported_layers(runtime.root)
         new = {path: layer for path, layer in layers.items() if path not in runtime.peft}
@@ -147,7 +154,6 @@ class Follower:
             for path, reason in unfused.items()
             if path not in runtime.peft or runtime.peft[path].lora_variant
         }
-        return list(new)
 
     def _repack(self) -> None:
         """Bring the bank up to what stands in PEFT's layers now: adapters that came, went, were re-scaled or moved.

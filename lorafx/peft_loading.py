@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -15,56 +15,52 @@ from lorafx.adapters import AdapterWeights
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.reading import AdapterReader
 
+if TYPE_CHECKING:
+    from lorafx.bank import AdapterBank
+
 
 class PeftLoader:
-    """``model``: a PeftModel, or a transformers model with adapters added by its own methods; ``root``: its base."""
+    """model: a PeftModel, or a transformers model with adapters added by its own methods; root: its base;
+    bank: follows its layers; None while there is none yet"""
 
-    def __init__(self, model: nn.Module, root: nn.Module) -> None:
-        self.model, self.root = model, root
+    def __init__(self, model: nn.Module, root: nn.Module, bank: AdapterBank | None = None) -> None:
+        self.model, self.root, self.bank = model, root, bank
         self.reader = AdapterReader(root, torch.float32)
 
-    def load_all(self, sources: Mapping[str, Any]) -> list[str]:
-        """Load each; on an error, none. Returns their names."""
-        loaded: list[str] = []
-        try:
-            for name, source in sources.items():
-                self.load(name, source)
-                loaded.append(name)
-        except BaseException:
-            self.unload_all(loaded)
-            raise
-        return loaded
-
-    def unload_all(self, names: list[str]) -> None:
-        for name in names:
-            self.model.delete_adapter(name)
-
-    def load(self, name: str, source: Any, admit: Callable[[AdapterWeights], None] = lambda adapter: None) -> None:
-        """``admit`` raises for an adapter that must not be added; then nothing was."""
+    def load(self, name: str, source: Any) -> None:
         self._check_is_peft_model()
-        if name in self.model.peft_config:
-            raise AdapterMismatchError(f"the PeftModel has an adapter {name!r} already; choose another name")
         config, weights = self._read(name, source)
-        admit(weights)
-        self._add(name, config, weights)
+        with self._changing(name):
+            if name in self.model.peft_config:
+                raise AdapterMismatchError(f"the PeftModel has an adapter {name!r} already; choose another name")
+            if self.bank is not None:
+                self.bank._admit(weights.outline)
+            self._add(name, config, weights)
 
-    def replace(self, name: str, source: Any, admit: Callable[[AdapterWeights], None]) -> None:
+    def replace(self, name: str, source: Any) -> None:
         """The new adapter is read and checked before the old one goes; what was active stays active."""
         self._check_is_peft_model()
         config, weights = self._read(name, source)
-        admit(weights)
-        active = list(self.model.active_adapters)
-        self.model.delete_adapter(name)
-        self._add(name, config, weights)
-        self.model.base_model.set_adapter(active, inference_mode=True)
+        with self._changing(name):
+            self.bank._admit(weights.outline, self.bank._slot(name))
+            active = list(self.model.active_adapters)
+            self.model.delete_adapter(name)
+            self._add(name, config, weights)
+            self.model.base_model.set_adapter(active, inference_mode=True)
 
     def unload(self, name: str) -> None:
         self._check_is_peft_model()
-        self.model.delete_adapter(name)
+        with self._changing(name):
+            self.bank._check_unused(name)
+            self.model.delete_adapter(name)
+
+    def _changing(self, name: str) -> AbstractContextManager[None]:
+        return self.bank._changing_peft(name) if self.bank is not None else nullcontext()
 
     def _read(self, name: str, source: Any) -> tuple[Any, AdapterWeights]:
-        config, outline = self.reader.open_with_config(name, source)
-        return config, outline.read()
+        with self.bank.reading() if self.bank is not None else nullcontext():  # a change would change what is read
+            config, outline = self.reader.open_with_config(name, source)
+            return config, outline.read()
 
     def _add(self, name: str, config: Any, weights: AdapterWeights) -> None:
         config = copy.deepcopy(config)

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
+from lorafx.peft_change import changing_peft
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
@@ -117,6 +119,7 @@ class Runtime:
         self.bank._on_new_store = self._on_new_store
         self.bank._guard_use = self._guard_use
         self.bank._follow = self.follower.follow
+        self.bank._changing_peft = partial(changing_peft, self.follower)
 
     def _attach_sites(self) -> None:
         """Hooks on plain layers, PEFT's layers adapted; each told its place in the bank."""

@@ -1,0 +1,48 @@
+"""What a model is made of, to be put back when a change of it fails half-way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+class Snapshot:
+    """Every module's class and attributes, and what their dicts, lists and sets hold; which parameters want gradients.
+
+    Nothing is copied but references: PEFT changes which modules and parameters there are, not the numbers in them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+        held = {id(value): value for _, _, state in self._modules for value in state.values()}
+        self._containers = [(each, copy.copy(each)) for each in held.values() if isinstance(each, (dict, list, set))]
+        self._wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        for each, content in self._containers:
+            refill(each, content)
+        for module, kind, state in self._modules:
+            module.__class__ = kind
+            refill(vars(module), state)
+        for parameter, wants in self._wants:
+            parameter.requires_grad_(wants)
+
+
+def refill(container: Any, content: Any) -> None:
+    """Make a dict, list or set hold what ``content`` holds."""
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
