@@ -6,13 +6,14 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -49,6 +50,10 @@ class StoreStats:
     seconds_waiting: float = 0.0
 
 
+class Call:
+    """One call under way: something that a dictionary can hold weakly."""
+
+
 class AdapterStore:
     """Many adapters by name, of which a compiled model holds those that its batches need.
 
@@ -81,9 +86,10 @@ class AdapterStore:
         self._host = HostCache(host_bytes, self._read)
         self._changed = threading.Condition(threading.RLock())
         self._counting = threading.Lock()
-        self._resident: OrderedDict[str, None] = OrderedDict()  # on the device through this store, oldest use first
-        self._pins: Counter[str] = Counter()
-        self._chosen: frozenset[str] = frozenset()
+        # What is on the device, and in use, is the bank's to say. Here: what this store has brought, oldest use first,
+        # and what each call under way has named, which is forgotten with the call, however it ends.
+        self._brought: OrderedDict[str, None] = OrderedDict()
+        self._pinned: WeakKeyDictionary[Call, list[str]] = WeakKeyDictionary()
         self._worker: ThreadPoolExecutor | None = None
 
     # ------------------------------------------------------------------------------------------ names
@@ -98,7 +104,7 @@ class AdapterStore:
     @property
     def resident(self) -> list[str]:
         """Those on the device through this store, the least recently used first."""
-        return list(self._resident)
+        return [name for name in list(self._brought) if self._bank is not None and name in self._bank]
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -153,7 +159,7 @@ class AdapterStore:
         if self._bank is not None:
             self._bank._shelf = None
         self.model = self._bank = self._worker = None
-        self._resident.clear()
+        self._brought.clear()
 
     def outlines(self, open_one: Any) -> Iterator[AdapterOutline]:
         """Of every adapter, for ``compile`` to reserve room by; one that can't be read is reported, and left out."""
@@ -202,76 +208,76 @@ class AdapterStore:
         self._host.forget(name)
         bank = self._attached()
         with self._changed:
-            if name in self._resident:
+            if name in self.resident:
                 bank.replace(name, self._host.get(name))
 
     @contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
         """These are on the device until the end of the block. CapacityError: more than fit at once"""
-        held = self._acquire(names)
+        call = Call()
         try:
+            self._acquire(names, call)
             yield
         finally:
             with self._changed:
-                self._pins.subtract(held)
+                self._pinned.pop(call, None)
                 self._changed.notify_all()
 
     def choose(self, selection: Selection | None) -> None:
         """For ``AdapterBank.use``: bring in what ``selection`` names and make it what is in use, in one step."""
         self._acquire(names_in(selection or ()), choice=(selection,))
+        with self._changed:
+            self._changed.notify_all()  # what was in use before may leave now
 
     # ------------------------------------------------------------------------------------------ moving
 
-    def _acquire(self, names: Collection[str], choice: tuple[Selection | None] | None = None) -> list[str]:
-        """Bring in what is missing. Pin the names, or, with ``choice``, have the bank use it from now on.
-
-        Returns the names that this store looks after.
-        """
+    def _acquire(
+        self, names: Collection[str], call: Call | None = None, choice: tuple[Selection | None] | None = None
+    ) -> None:
+        """Bring in what is missing. Pin it to ``call``, or, with ``choice``, have the bank use it from now on."""
         bank = self._attached()
         with self._changed:
-            mine = [name for name in names if name in self._resident or name not in bank]  # others are the user's own
+            mine = [name for name in names if name in self._brought or name not in bank]  # others are the user's own
         weights: dict[str, AdapterWeights] = {}
         first = True
         while True:
             for name in mine:
-                if name not in self._resident and name not in weights:
+                if name not in bank and name not in weights:
                     weights[name] = self._from_host(name)  # outside the lock: it may take long
             with self._changed:
-                missing = [name for name in mine if name not in self._resident]
+                missing = [name for name in mine if name not in bank]
                 if any(name not in weights for name in missing):
                     continue  # another thread has put it out meanwhile
                 if first:
                     self.stats.hits += len(mine) - len(missing)
                     self.stats.misses += len(missing)
                     first = False
-                kept = {*mine} if choice is not None else {*mine, *self._chosen}
-                leaving = self._make_room(bank, [weights[name].outline for name in missing], kept)
+                staying = {*mine} if choice is not None else {*mine, *names_in(bank._chosen or ())}
+                leaving = self._make_room(bank, [weights[name].outline for name in missing], staying)
                 if leaving is not None:
                     self._exchange(bank, leaving, [weights[name] for name in missing], choice)
                     for name in mine:
-                        self._resident.move_to_end(name)
-                    if choice is not None:
-                        self._chosen = frozenset(mine)
-                        self._changed.notify_all()
-                    else:
-                        self._pins.update(mine)
-                    return mine
+                        self._brought.move_to_end(name)
+                    if choice is None:
+                        self._pinned[call] = mine
+                    return
                 started = time.perf_counter()
-                self._changed.wait()
+                self._changed.wait(timeout=1)  # a call that was interrupted at its last line has told nobody
                 self.stats.seconds_waiting += time.perf_counter() - started
 
-    def _make_room(self, bank: AdapterBank, coming: list[AdapterOutline], kept: Collection[str]) -> list[str] | None:
+    def _make_room(self, bank: AdapterBank, coming: list[AdapterOutline], staying: Collection[str]) -> list[str] | None:
         """Who has to leave for these, the least recently used first; None: those who may leave now are not enough.
 
         CapacityError: nor would all others be
         """
         if not coming:
             return []
-        free = [name for name in self._resident if name not in kept and self._pins[name] <= 0]
+        others = [name for name in self.resident if name not in staying]
+        pinned = {name for names in list(self._pinned.values()) for name in names}
+        free = [name for name in others if name not in pinned]
         for count in range(len(free) + 1):
             if bank.room_without(free[:count], coming):
                 return free[:count]
-        others = [name for name in self._resident if name not in kept]
         if len(others) > len(free) and bank.room_without(others, coming):
             return None
         raise CapacityError(
@@ -291,11 +297,10 @@ class AdapterStore:
         if not coming and choice is None:
             return
         started = time.perf_counter()
+        self._brought.update(dict.fromkeys(adapter.name for adapter in coming))
         bank.exchange(leaving, coming, choice)
         for name in leaving:
-            del self._resident[name]
-        for adapter in coming:
-            self._resident[adapter.name] = None
+            del self._brought[name]
         self.stats.evictions += len(leaving)
         self.stats.bytes_copied += sum(adapter.nbytes for adapter in coming)
         self.stats.seconds_copying += time.perf_counter() - started
@@ -318,7 +323,7 @@ class AdapterStore:
 
     def table(self) -> list[dict[str, Any]]:
         """One row: where the adapters are, and the counts of ``stats``."""
-        where = {"adapters": len(self), "on the device": len(self._resident), "in host memory": len(self._host)}
+        where = {"adapters": len(self), "on the device": len(self.resident), "in host memory": len(self._host)}
         counts = {key.replace("_", " "): value for key, value in asdict(self.stats).items()}
         return [{**where, "host bytes": self._host.nbytes, **counts}]
 

@@ -194,7 +194,7 @@ def test_too_many_at_once_and_unknown_names(few, base):
         with pytest.raises(error, match=text):
             store.use(wrong)
     assert store.resident == ["a1", "a2", "a3"]
-    assert not store._pins.total()
+    assert not store._pinned
     assert_close(run(model, INPUTS, names), expected(names, made, base))
 
 
@@ -268,7 +268,7 @@ def test_threads_that_need_each_others_room(few, base):
         thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
-    assert not store._pins.total()
+    assert not store._pinned
     assert store.stats.hits + store.stats.misses == 4 * 25 * 3
 
 
