@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -93,9 +94,9 @@ class AdapterWeights:
         return AdapterOutline(self.name, self.shapes, lambda: self)
 
     @cached_property
-    def scales(self) -> list[float]:
-        """Of each site."""
-        return [site.scale for site in self.sites.values()]
+    def scales(self) -> numpy.ndarray:
+        """Of each site, float32."""
+        return numpy.array([site.scale for site in self.sites.values()], dtype=numpy.float32)
 
     @cached_property
     def nbytes(self) -> int:

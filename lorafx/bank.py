@@ -170,10 +170,7 @@ class AdapterBank:
 
     @contextmanager
     def calling(self, selection: Selection | None, batch: int | None) -> Iterator[None]:
-        """Calls of the model with a selection of their own (None: as outside), and the number of their rows.
-
-        AdapterMismatchError: an adapter that is not there
-        """
+        """Calls of the model with a selection of their own (None: as outside), and the number of their rows."""
         outer = self._call.get() or CallState(None, None)
         state = CallState(outer.selection, batch, outer.pinned)
         with ExitStack() as stack:
@@ -181,7 +178,6 @@ class AdapterBank:
                 state = CallState(selection, batch)
                 if self._shelf is not None:
                     stack.enter_context(self._shelf.holding(names_in(selection)))
-                self._known(selection)
             token = self._call.set(state)
             try:
                 yield
@@ -227,9 +223,12 @@ class AdapterBank:
         """Kept, since one selection often serves many calls; under the lock, since a change of the bank forgets it."""
         made = self._routings.get(selection)
         if made is None:
-            self._known(selection)
-            rows = [tuple([(self._slots[name], weight) for name, weight in row]) for row in selection]
-            made = make_routing(rows, self.store.storage.device)
+            try:  # each different row once: a batch of many rows names few
+                pairs = {row: tuple([(self._slots[name], weight) for name, weight in row]) for row in {*selection}}
+            except KeyError:
+                self._known(selection)
+                raise
+            made = make_routing([pairs[row] for row in selection], self.store.storage.device)
             if len(self._routings) >= ROUTINGS_KEPT:
                 self._routings = {}
             self._routings[selection] = made
@@ -282,7 +281,8 @@ class AdapterBank:
             adapter = outline.read()
         with self._changing():
             slot = self._slot(name)
-            self._admit(adapter.outline, slot)
+            if not self.store.holds(slot, adapter.layout):
+                self._admit(adapter.outline, slot)
             self._commit(self._slots, lambda: self._place(adapter, slot))
 
     def unload(self, name: str) -> None:

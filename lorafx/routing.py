@@ -56,7 +56,10 @@ def make_routing(rows: Sequence[Pairs], device: torch.device) -> Routing:
     slots = numpy.full((MAX_ROWS, MAX_PAIRS), -1, dtype=numpy.int32)
     weights = numpy.zeros((MAX_ROWS, MAX_PAIRS), dtype=numpy.float32)
     for column in range(most):
-        filled = [pairs[column] if column < len(pairs) else (-1, 0.0) for pairs in rows]
-        slots[: len(rows), column], weights[: len(rows), column] = zip(*filled, strict=True)
-    tensors = map(torch.from_numpy, (slots, weights, numpy.array(len(rows), dtype=numpy.int64)))
-    return Routing(*(tensor.to(device) for tensor in tensors), tuple(rows))
+        filled = [pairs[column] if len(pairs) > column else (-1, 0.0) for pairs in rows]
+        slots[: len(rows), column] = numpy.array([slot for slot, _ in filled], dtype=numpy.int32)
+        weights[: len(rows), column] = numpy.array([weight for _, weight in filled], dtype=numpy.float32)
+    tensors = [torch.from_numpy(array) for array in (slots, weights, numpy.array(len(rows), dtype=numpy.int64))]
+    if device.type != "cpu":
+        tensors = [tensor.to(device) for tensor in tensors]
+    return Routing(*tensors, tuple(rows))

@@ -43,7 +43,7 @@ class Held:
     """What a slot holds, kept so that numbers of the same layout are written at once: the runs and their views."""
 
     layout: Layout
-    columns: list[int]  # of its sites, in the tables
+    columns: numpy.ndarray  # of its sites, in the tables
     runs: list[Run]
     views: list[Tensor]
 
@@ -192,15 +192,16 @@ class PackedStore:
             self._describe(slot, room.windows, adapter)
             views = targets(self.storage, runs)
             copy_all(views, sources(adapter.flat, runs))
-            self._held[slot] = Held(adapter.layout, [self.index[path] for path in room.windows], runs, views)
+            columns = numpy.array([self.index[path] for path in room.windows])
+            self._held[slot] = Held(adapter.layout, columns, runs, views)
 
     def _rewrite(self, slot: int, adapter: AdapterWeights, held: Held) -> None:
         """The same rows with other numbers. Saving the old ones first would double the cost: the one call that writes
         them is the last thing done, and nothing can stop it half-way."""
         scale = self._scale[slot].copy()
         try:
-            self._scale[slot, held.columns] = adapter.scales
-            if not numpy.array_equal(scale, self._scale[slot]):
+            if not numpy.array_equal(scale[held.columns], adapter.scales):
+                self._scale[slot, held.columns] = adapter.scales
                 self.scale[slot].copy_(torch.from_numpy(self._scale[slot]))
             copy_all(held.views, sources(adapter.flat, held.runs))
         except BaseException:
