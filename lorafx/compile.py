@@ -61,7 +61,7 @@ def compile(
     sources = as_mapping(None if shelf is not None else adapters)
     room: dict[str, Any] = {"max_adapters": max_adapters, "max_rank": max_rank, "target_modules": target_modules}
     root = peft_layers.base_model_of(model)
-    check_in_place(root)
+    check_in_place(model, root)
     _check_lowering(root, parsed.lowering)
     on_peft = peft_layers.has_adapters(root)
     if shelf is not None:

@@ -12,7 +12,7 @@ from lorafx import peft_layers
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import warn_once
 from lorafx.errors import UnsupportedModelError
-from lorafx.offloading import check_in_place, hook_of
+from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
 from lorafx.routing import MAX_PAIRS
@@ -34,7 +34,8 @@ class Follower:
         self._agrees = True
         self.gone = False
         self._state: PeftState | None = None
-        self._hook: Any = None  # accelerate's
+        self._spoken: object = None  # the last word of PEFT's set_adapter
+        self._hooks: list[Any] = [None, None]  # accelerate's
         self._without: list[str] = []  # PEFT's adapters that are on no layer of ours
         self._anchor: tuple[PackedStore | None, dict[str, Any]] = None, {}  # parameters that say where the model is
 
@@ -59,15 +60,23 @@ class Follower:
 
     def agrees(self) -> bool:
         """What PEFT has set up for the call under way is something that the fused ops can do."""
-        return self._agrees and not peft_layers.hooked_by_name(self.runtime.peft)
+        return self._agrees and not self.gone and not peft_layers.hooked_by_name(self.runtime.peft)
 
     def holds(self, names: Iterable[str] | None) -> bool:
         runtime = self.runtime
-        if self._device() != runtime.bank.store.storage.device or hook_of(runtime.root) is not self._hook:
+        if not self._in_place():
             return False
         if self._state is None:
             return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
-        return self._state.holds(runtime.bank._slots if names is None else {*names, *names_in(runtime.bank.in_use)})
+        used = runtime.bank._slots if names is None else {*names, *names_in(runtime.bank.in_use)}
+        return self._state.switches_hold() and self._state.adapters_hold(used)
+
+    def _in_place(self) -> bool:
+        """The model is on the bank's device, and accelerate has put no hooks around it since."""
+        return self._device() == self.runtime.bank.store.storage.device and self._read_hooks() == self._hooks
+
+    def _read_hooks(self) -> list[Any]:
+        return [vars(model).get("_hf_hook") for model in (self.runtime.model, self.runtime.root)]
 
     def _device(self) -> torch.device:
         """Where the first site's layer is; the bank's own if that can't be told."""
@@ -81,21 +90,29 @@ class Follower:
     def bring_up(self, heeding: bool = True) -> None:
         """Alone with the bank; if stopped half-way it can be done again. ``heeding``: PEFT's ``set_adapter``."""
         runtime, bank = self.runtime, self.runtime.bank
-        check_in_place(runtime.root)
-        if hook_of(runtime.root) is not self._hook:
-            self._hook, runtime._entry = hook_of(runtime.root), None
-        if self._device() != bank.store.storage.device:
-            bank.move(self._device())
-            runtime._entry = None
+        if not self._in_place():
+            check_in_place(runtime.model, runtime.root)
+            if self._device() != bank.store.storage.device:
+                bank.move(self._device())
+            runtime._entry, self._hooks = None, self._read_hooks()
         if self._state is not None and not self._state.attached():
             self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
+            self._warn("PEFT has taken its layers off (compile what is left anew)")
         if self.gone:
             return
+        if self._state is None or not self._state.adapters_hold(bank._slots):
+            self._bring_up_adapters()
+        if self._state is not None:
+            self._bring_up_switches(heeding)
+
+    def _bring_up_adapters(self) -> None:
+        runtime, bank = self.runtime, self.runtime.bank
         self._check_no_other_adapters()
         self._find_new_layers()
         if not runtime.peft:
             self._without = list(vars(runtime.root).get("peft_config", ()))
             return
+        check_in_place(runtime.model, runtime.root)
         if bank._peft is None:  # PEFT has come to a model that was compiled without it
             bank._peft, bank._read, bank._chosen = PeftLoader(runtime.model, runtime.root, bank), None, None
         self._follow_dtype()
@@ -103,11 +120,27 @@ class Follower:
         new = [path for path, layer in runtime.peft.items() if not isinstance(layer, peft_layers.AdaptedLinear)]
         if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
-        state = PeftState(runtime.root, runtime.peft)
-        if heeding and self._state is not None and state.spoken is not self._state.spoken:
+        self._state = PeftState(runtime.root, runtime.peft)
+
+    def _bring_up_switches(self, heeding: bool) -> None:
+        bank, layers, spoken = self.runtime.bank, self.runtime.peft, self._state.spoken
+        names, reason = peft_layers.active_names(layers)
+        if any(path in layers for path in self.runtime.unfused):
+            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
+        if reason is None and len(names) > MAX_PAIRS:
+            reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
+        if heeding and self._spoken is not None and spoken is not self._spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
-        self._read_switches()
-        self._state = state
+        self._spoken, self._agrees = spoken, reason is None
+        bank._disabled = self._agrees and peft_layers.disabled(layers)
+        bank._fallback = (tuple((name, 1.0) for name in names),) if self._agrees else NOTHING
+        if reason is not None:
+            self._warn(reason)
+        self._state.take_switches()
+
+    @staticmethod
+    def _warn(reason: str) -> None:
+        warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
 
     def _check_no_other_adapters(self) -> None:
         bank, names = self.runtime.bank, list(vars(self.runtime.root).get("peft_config", ()))
@@ -127,19 +160,6 @@ class Follower:
         capacities, biases = ({g.name: getattr(g, part) for g in old.geometry} for part in ("capacity", "biases"))
         store = PackedStore(old.sites, capacities, biases, old.slots, dtype, old.storage.device)
         bank._commit({}, lambda: bank._switch_to(store, f"the adapters are {dtype} now"))
-
-    def _read_switches(self) -> None:
-        bank, layers = self.runtime.bank, self.runtime.peft
-        names, reason = peft_layers.active_names(layers)
-        if any(path in layers for path in self.runtime.unfused):
-            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
-        if reason is None and len(names) > MAX_PAIRS:
-            reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
-        self._agrees = reason is None
-        bank._disabled = self._agrees and peft_layers.disabled(layers)
-        bank._fallback = (tuple((name, 1.0) for name in names),) if self._agrees else NOTHING
-        if reason is not None:
-            warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
 
     def _find_new_layers(self) -> None:
         """PEFT's load_adapter may have adapted layers that no adapter did before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +17,12 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-        held = {id(value): value for _, _, state in self._modules for value in state.values()}
-        self._containers = [(each, copy.copy(each)) for each in held.values() if isinstance(each, (dict, list, set))]
+        self._containers = [
+            (value, value.copy() if value else ())
+            for _, _, state in self._modules
+            for value in state.values()
+            if isinstance(value, (dict, list, set))
+        ]
         self._wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:

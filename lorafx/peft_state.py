@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class PeftState:
     """A record of everything that PEFT's verbs, and moves of weights, change on ``layers``, which are in ``root``.
 
-    It keeps what it compares with, so no identity can be used again for something else meanwhile. ``holds`` runs
-    before every call: it leaves its loops to C where that is possible.
+    It keeps what it compares with, so no identity can be used again for something else meanwhile. It is compared
+    before every call, so loops are left to C where that is possible.
     """
 
     def __init__(self, root: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -33,20 +33,34 @@ class PeftState:
         self._tensors = [scale for scale in self._scales if isinstance(scale, Tensor)]
         self._versions = self._read_versions()
         self._names = list(self._read_names())
+        self._spoken: object = None  # no switches are recorded yet
+
+    def take_switches(self) -> None:
+        """Record which adapters are active, disabled and merged."""
         self._active = [list(names) for names in self._read("_active_adapter")]
         self._disabled = self._read("_disable_adapters")
         self._merged = [list(names) for names in self._read("merged_adapters")]
-        self.spoken = self._layers[0]["_lorafx_spoken"]
+        self._spoken = self.spoken
 
-    def holds(self, names: Iterable[str]) -> bool:
-        """Nothing has changed; whether weights have moved is looked at for the adapters ``names`` only."""
+    @property
+    def spoken(self) -> object:
+        """Another object after each ``set_adapter``."""
+        return self._layers[0]["_lorafx_spoken"]
+
+    def switches_hold(self) -> bool:
+        """The same adapters are active, disabled and merged."""
         return (
-            self.attached()
-            and self._layers[0]["_lorafx_spoken"] is self.spoken
-            and list(self._read_names()) == self._names
+            self.spoken is self._spoken
             and self._read("_disable_adapters") == self._disabled
             and self._read("merged_adapters") == self._merged
             and list(map(list, self._read("_active_adapter"))) == self._active
+        )
+
+    def adapters_hold(self, names: Iterable[str]) -> bool:
+        """The same adapters, scaled the same; for ``names`` also: their weights have not moved."""
+        return (
+            self.attached()
+            and list(self._read_names()) == self._names
             and self._read_modules() == self._modules
             and _same_objects(self._read_scales(), self._scales)
             and self._read_versions() == self._versions

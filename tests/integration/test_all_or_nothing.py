@@ -148,7 +148,7 @@ def test_an_error_inside_peft(change, step, folders, monkeypatch):
     assert not differing(state_of(model), state_of(goal))
 
 
-@pytest.mark.parametrize("place", ["lorafx.store.PackedStore.put", "lorafx.following.Follower._read_switches"])
+@pytest.mark.parametrize("place", ["lorafx.store.PackedStore.put", "lorafx.following.Follower._bring_up_switches"])
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "unload"])
 def test_an_error_when_the_bank_is_brought_up(change, place, folders, monkeypatch):
     """PEFT is done, and the bank can't follow, however often it is tried, before it is written or after."""
