@@ -6,7 +6,6 @@ A few hundred changes in CI; ten thousand with ``pytest -m slow tests/integratio
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 import threading
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import lorafx
+from tests.integration.alive import tensor_bytes
 from tests.integration.many_adapters import LAYERS, Made, Maker
 from tests.integration.models import EAGER_GRAPH, LLAMA, run, tokens, with_peft
 
@@ -125,19 +125,6 @@ def change(model, history: History, sources: list, bad: object, rng: random.Rand
     history.begun += 1
     action()
     history.states.append(State(loaded, in_use))
-
-
-def tensor_bytes() -> int:
-    """Of all tensors that are alive, each storage once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
-            try:
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-            except (RuntimeError, NotImplementedError):  # fake tensors have none
-                continue
-    return sum(storages.values())
 
 
 def under_load(model, sources, judge: Judge, changes: int, bad: object) -> History:
