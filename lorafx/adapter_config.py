@@ -76,27 +76,27 @@ def check_config(name: str, values: Mapping[str, Any]) -> LoraConfig:
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":
         raise AdapterFormatError(f"adapter {name!r} is of type {show(kind)}; lorafx runs LORA adapters.")
-    known = {}
     for field, (is_right, expected) in FIELDS.items():
-        if field in values:
-            if not is_right(values[field]):
-                raise AdapterFormatError(
-                    f"adapter {name!r}: its config has {field}={show(values[field])}; expected {expected}."
-                )
-            known[field] = values[field]
-    for field in ("use_rslora", "lora_bias", "fan_in_fan_out"):
-        known[field] = bool(known.get(field))
+        if field in values and not is_right(values[field]):
+            raise AdapterFormatError(
+                f"adapter {name!r}: its config has {field}={show(values[field])}; expected {expected}."
+            )
+    _check_supported(name, values)
+    # fields that only PEFT of another version knows are left out, as PEFT leaves them out
+    known = {key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__}
+    known.pop("runtime_config", None)
     for field in ("target_modules", "exclude_modules"):
         if isinstance(known.get(field), (tuple, set, frozenset)):
             known[field] = sorted(known[field])
-    _check_supported(name, values)
     _check_patterns(name, known)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return LoraConfig(**known)
-    except (TypeError, ValueError) as error:
-        raise AdapterFormatError(f"adapter {name!r}: its config is not a LoraConfig: {error}") from error
+            config = LoraConfig(**known)
+    except Exception as error:  # what was not checked here is handed to the classes of PEFT's other fields
+        raise AdapterFormatError(f"adapter {name!r}: its config is not a LoraConfig: {str(error)[:500]}") from error
+    _check_supported(name, vars(config))
+    return config
 
 
 def _check_supported(name: str, values: Mapping[str, Any]) -> None:

@@ -82,7 +82,7 @@ def _is_text(value: Any) -> bool:
 
 
 NAMES = f"a text, or a list of at most {NAMES_LIMIT:,} texts"
-# What lorafx takes of a config: what a field may be, and how that is said.
+# What a field may be, and how that is said. PEFT looks at no other field of an adapter that lorafx runs.
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number of at least 1"),
     "lora_alpha": (_is_number, "a finite number"),

@@ -33,21 +33,8 @@ from lorafx.skeletons import check_base, load_onto, skeleton, weights_on
 from lorafx.tensor_files import TensorSet, open_state_dict
 
 PLANS_KEPT = 64
-# The fields of a config that say which layers it adapts, with which ranks and scales.
-DECIDING = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_bias",
-    "task_type",
-    "fan_in_fan_out",
-)
+# The fields of a config that make no difference to which layers it adapts, with which ranks and scales.
+INDIFFERENT = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout"}
 LARGEST_SCALE = torch.finfo(torch.float32).max
 
 Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
@@ -116,7 +103,7 @@ class AdapterReader:
 
     def _plan(self, name: str, config: LoraConfig, tensors: TensorSet) -> tuple[Plan | None, Mapping[str, SiteShape]]:
         """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
-        fields = [(field, _in_order(getattr(config, field))) for field in DECIDING]
+        fields = [(k, _in_order(v)) for k, v in sorted(vars(config).items()) if k not in INDIFFERENT]
         key = sha256(repr((fields, list(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
         plan = self._known(key)
         if plan is not None:
