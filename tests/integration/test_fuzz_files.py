@@ -20,7 +20,7 @@ from torch import Tensor
 
 import lorafx
 
-from .models import LLAMA, assert_close, compiled_llama, run, save_adapters
+from .models import LLAMA, assert_close, compiled_llama, run, save_adapters, with_peft
 from .mutations import MUTATIONS, mutate
 
 EXAMPLES = 2000  # different folders
@@ -47,8 +47,12 @@ def sources(tmp_path_factory):
 class Oracle:
     """One compiled model that loads every folder, and plain PEFT on an equal base."""
 
-    def __init__(self, sources):
-        self.model = compiled_llama({"kept": sources["kept"]}, mode="eager")
+    def __init__(self, sources, on_peft=False):
+        kept = {"kept": sources["kept"]}
+        if on_peft:
+            self.model = lorafx.compile(with_peft(LLAMA.build(), kept), mode="eager")
+        else:
+            self.model = compiled_llama(kept, mode="eager")
         self.base = LLAMA.build()
         self.before = run(self.model, INPUTS, ROWS)
         self.seen: Counter = Counter()
@@ -115,8 +119,8 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def fuzz(sources, folder, examples):
-    oracle = Oracle(sources)
+def fuzz(sources, folder, examples, **arguments):
+    oracle = Oracle(sources, **arguments)
 
     @settings(
         max_examples=examples,
@@ -151,3 +155,10 @@ def test_damaged_folders_are_loaded_right_or_refused(sources, tmp_path):
     assert reader._planning.acquire(blocking=False)
     del oracle, reader
     assert tensor_bytes() <= before
+
+
+@pytest.mark.timeout(600)
+def test_damaged_folders_given_to_a_peft_model(sources, tmp_path):
+    oracle = fuzz(sources, tmp_path / "adapter", 200, on_peft=True)
+    assert oracle.seen["loaded"] >= 20
+    assert set(oracle.model.peft_config) == {"kept"}
