@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -497,22 +497,30 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """Loaded adapters, in the order of loading."""
+        self._catch_up()
         return list(self._slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all storage that the bank holds, reserved room included."""
+        self._catch_up()
         return self.store.nbytes
 
     @property
     def reserved(self) -> int:
         """Bytes of ``nbytes`` that no adapter has taken yet."""
+        self._catch_up()
         return self.store.reserved
 
     @property
     def window(self) -> int:
         """Bytes of ``nbytes`` in fold windows: none, nothing is folded yet."""
         return 0
+
+    def _catch_up(self) -> None:
+        """With what PEFT's verbs have done since the last call. What is refused is refused at the next one."""
+        with suppress(LorafxError):
+            self._follow()
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots
@@ -522,6 +530,7 @@ class AdapterBank:
 
     def table(self) -> list[dict[str, Any]]:
         """One dict for each adapter: name, ranks, targets, layers, bytes, in use."""
+        self._catch_up()
         item = self.store.storage.element_size()
         rows = []
         for name in self._slots:

@@ -27,6 +27,7 @@ class Report:
     skipped: layers that stay as they are, each with .reason
     recompiles: graphs that Dynamo made of a frame it had compiled before (another shape or cache, never an adapter)
     retraces: why the bank was packed anew, each time it was
+    uncompiled: why calls run as PEFT computes them now, such as merged adapters; empty if they don't
     source: "graphs", or "modules" before the first call: what is there to be fused, as far as modules tell
     """
 
@@ -34,6 +35,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     graphs: list[GraphRecord] = field(default_factory=list)
     retraces: list[str] = field(default_factory=list)
+    uncompiled: str = ""
     source: str = "graphs"
     bank: str = ""
 
@@ -58,6 +60,7 @@ class Report:
             "skipped": [vars(skipped) for skipped in self.skipped],
             "recompiles": self.recompiles,
             "retraces": list(self.retraces),
+            "uncompiled": self.uncompiled,
             "graphs": [
                 {
                     "seconds": round(graph.seconds, 3),
@@ -90,6 +93,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+        if self.uncompiled:
+            lines.append(f"uncompiled now: {self.uncompiled}")
         if self.groups:
             lines += ["", format_table(self.table())]
         if self.skipped:
@@ -152,7 +157,8 @@ def _report_of(runtime: Runtime) -> Report:
         report.groups = _groups_from_modules(runtime)
     report.skipped = [Skipped(path, reason) for path, reason in runtime.unfused.items()] + report.skipped
     report.retraces = list(runtime.retraces)
-    report.bank = repr(runtime.bank)
+    report.bank = repr(runtime.bank)  # which catches up with the model
+    report.uncompiled = runtime.follower.uncompiled or ""
     return report
 
 

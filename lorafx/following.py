@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class Follower:
     """Keeps the bank of ``runtime`` in step with its model.
 
-    gone: PEFT has taken its layers off the model
+    gone: PEFT has taken its layers off the model; uncompiled: why calls run as PEFT computes them now, if they do
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._agrees = True
+        self.uncompiled: str | None = None
         self.gone = False
         self._state: PeftState | None = None
         self._spoken: object = None  # the last word of PEFT's set_adapter
@@ -60,7 +60,7 @@ class Follower:
 
     def agrees(self) -> bool:
         """What PEFT has set up for the call under way is something that the fused ops can do."""
-        return self._agrees and not self.gone and not peft_layers.hooked_by_name(self.runtime.peft)
+        return self.uncompiled is None and not peft_layers.hooked_by_name(self.runtime.peft)
 
     def holds(self, names: Iterable[str] | None) -> bool:
         runtime = self.runtime
@@ -97,7 +97,7 @@ class Follower:
             runtime._entry, self._hooks = None, self._read_hooks()
         if self._state is not None and not self._state.attached():
             self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
-            self._warn("PEFT has taken its layers off (compile what is left anew)")
+            self._run_uncompiled("PEFT has taken its layers off (compile what is left anew)")
         if self.gone:
             return
         if self._state is None or not self._state.adapters_hold(bank._slots):
@@ -131,23 +131,23 @@ class Follower:
             reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
         if heeding and self._spoken is not None and spoken is not self._spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
-        self._spoken, self._agrees = spoken, reason is None
-        bank._disabled = self._agrees and peft_layers.disabled(layers)
-        bank._fallback = (tuple((name, 1.0) for name in names),) if self._agrees else NOTHING
-        if reason is not None:
-            self._warn(reason)
+        self._spoken = spoken
+        bank._disabled = reason is None and peft_layers.disabled(layers)
+        bank._fallback = (tuple((name, 1.0) for name in names),) if reason is None else NOTHING
+        self._run_uncompiled(reason)
         self._state.take_switches()
 
-    @staticmethod
-    def _warn(reason: str) -> None:
-        warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
+    def _run_uncompiled(self, reason: str | None) -> None:
+        self.uncompiled = reason
+        if reason is not None:
+            warn_once(f"lorafx: {reason}: this model runs as PEFT computes it, uncompiled, until that ends.")
 
     def _check_no_other_adapters(self) -> None:
         bank, names = self.runtime.bank, list(vars(self.runtime.root).get("peft_config", ()))
-        if names and bank._peft is None and (bank.names or bank._shelf is not None):
+        if names and bank._peft is None and (bank._slots or bank._shelf is not None):
             raise UnsupportedModelError(
                 f"PEFT has put adapters ({', '.join(names)}) on a model that lorafx has given others"
-                f" ({', '.join(bank.names) or 'an AdapterStore'}). Take the former off with model.delete_adapter; or"
+                f" ({', '.join(bank._slots) or 'an AdapterStore'}). Take the former off with model.delete_adapter; or"
                 " lorafx.uncompile(model), and compile it as it is now."
             )
 

@@ -197,7 +197,7 @@ def release(layer: AdaptedLinear) -> None:
 
 def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank, names: Iterable[str] | None = None) -> None:
     """Make the parameters of these adapters (None: all) views of the bank, which holds the same numbers."""
-    for name in bank.names if names is None else names:
+    for name in bank._slots if names is None else names:
         for path in bank.store.taken[bank._slots[name]]:
             if path in layers and name in layers[path].lora_A:
                 a, b, bias = bank.store.views(bank._slots[name], path)

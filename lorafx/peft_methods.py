@@ -20,8 +20,8 @@ class GuardedMethod:
         self.__doc__ = getattr(type(model), name).__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.bank._peft is None and (self.bank.names or self.bank._shelf is not None):
-            ours = ", ".join(map(repr, self.bank.names)) or "an AdapterStore"
+        if self.bank._peft is None and (self.bank._slots or self.bank._shelf is not None):
+            ours = ", ".join(map(repr, self.bank._slots)) or "an AdapterStore"
             raise UnsupportedModelError(
                 f"model.{self.name} would put PEFT's layers on a model that lorafx has given adapters ({ours}). Load"
                 " this one with model.lora.load too, or first model.lora.unload the others."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -27,6 +28,7 @@ from .lockstep import (
 from .models import (
     EAGER_GRAPH,
     LLAMA,
+    assert_close,
     config,
     run,
     save_adapter,
@@ -419,9 +421,9 @@ def merged(safe, names=None):
 @pytest.mark.parametrize("names", [None, ["a"], ["a", "b"]])
 def test_merge_and_unmerge(safe, names, pair, folders):
     model = pair[0]
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        in_step(pair, merged(safe, names), folders, assert_equal_now)
+    in_step(pair, merged(safe, names), folders, assert_equal_now)
+    assert "unmerge_adapter() ends that" in lorafx.explain(model).uncompiled
+    assert "uncompiled now" in str(lorafx.explain(model))
     with model.lora.using("a"), pytest.raises(lorafx.UnsupportedModelError, match="unmerge_adapter"):
         run(model, INPUTS)
     with pytest.raises(lorafx.UnsupportedModelError, match="unmerge_adapter"):
@@ -432,8 +434,8 @@ def test_merge_and_unmerge(safe, names, pair, folders):
         each.unmerge_adapter()
     with nothing_traced(model):
         assert_right(pair)
+    assert lorafx.explain(model).uncompiled == ""
     assert_uncompiled_right(pair)
-    del said
 
 
 def test_merged_adapters_and_disable_adapter(pair, folders):
@@ -534,4 +536,47 @@ def test_weights_that_are_not_finite_are_refused(pair):
     with pytest.raises(lorafx.AdapterFormatError, match=r"'b'.*NaN"):
         run(model, INPUTS, ["a", "b"] * 2)
     broken.weight.data = good
+    assert_right(pair)
+
+
+def test_the_bank_tells_what_peft_did_before_any_call(pair, folders):
+    model = pair[0]
+    held = model.lora.nbytes - model.lora.reserved
+    model.load_adapter(folders["d"], adapter_name="d")
+    assert model.lora.names == ["a", "b", "d"]
+    assert "d" in repr(model.lora)
+    assert model.lora.nbytes - model.lora.reserved > held
+    model.delete_adapter("d")
+    assert model.lora.nbytes - model.lora.reserved == held
+    model.load_adapter(folders["d"], adapter_name="d")
+    model.lora.replace("d", folders["e"])
+    model.lora.unload("d")
+    assert_one_copy(model)
+
+
+def test_changes_under_threads_of_forwards(pair, folders):
+    """load, replace and unload of a PeftModel: each batch sees all of one, never half."""
+    model, reference = pair
+    names = ["a", "b", "__base__", "b"]
+    want, failures, done = run(reference, INPUTS, names), [], threading.Event()
+
+    def call():
+        try:
+            while not done.is_set():
+                assert_close(run(model, INPUTS, names), want)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for name in ("d", "e", "f") * 2:
+        model.lora.load("other", folders[name])
+        model.lora.replace("other", folders["d"])
+        model.lora.unload("other")
+    done.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
     assert_right(pair)
