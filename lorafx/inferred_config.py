@@ -10,8 +10,9 @@ from typing import Any
 
 from peft import LoraConfig
 
+from lorafx.adapters import SiteShape
 from lorafx.config_fields import NAMES_LIMIT, show
-from lorafx.errors import AdapterFormatError
+from lorafx.errors import AdapterFormatError, AdapterMismatchError
 
 
 def infer_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig:
@@ -37,6 +38,18 @@ def infer_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig
         stacklevel=5,
     )
     return config_of_ranks(ranks, ranks, any(".lora_B" in key and key.endswith("bias") for key in shapes))
+
+
+def config_of_shapes(name: str, sites: Mapping[str, SiteShape]) -> LoraConfig:
+    """A config that makes PEFT build layers of these shapes. AdapterMismatchError: there is none."""
+    biases = {site.bias for site in sites.values()}
+    if len(biases) != 1:
+        raise AdapterMismatchError(
+            f"adapter {name!r} has {'biases on some layers only' if biases else 'no layers'}; on a PeftModel expected"
+            " biases on every adapted layer or on none."
+        )
+    ranks = {path: site.rank for path, site in sites.items()}
+    return config_of_ranks(ranks, {path: site.scale * site.rank for path, site in sites.items()}, biases.pop())
 
 
 def config_of_ranks(ranks: Mapping[str, int], alphas: Mapping[str, float], bias: bool) -> LoraConfig:

@@ -7,37 +7,32 @@
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _get_in_out_features
-from torch import Tensor, nn
+from torch import nn
 
-from lorafx.adapter_config import check_config, read_config
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
-from lorafx.folder_files import open_folder
-from lorafx.inferred_config import config_of_ranks, infer_config
+from lorafx.inferred_config import config_of_shapes
+from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
 from lorafx.skeletons import check_base, load_onto, skeleton, weights_on
-from lorafx.tensor_files import TensorSet, open_state_dict
+from lorafx.sources import Source, load_source
+from lorafx.tensor_files import TensorSet
 
 PLANS_KEPT = 64
 # The fields of a config that make no difference to which layers it adapts, with which ranks and scales.
 INDIFFERENT = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout"}
 LARGEST_SCALE = torch.finfo(torch.float32).max
-
-Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
 
 
 class AdapterReader:
@@ -52,7 +47,9 @@ class AdapterReader:
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self._planning, self._looking = threading.Lock(), threading.Lock()
         self._bare: nn.Module | None = None
+        # what was looked at: numbers, and layouts that fit the model
         self._finite: weakref.WeakValueDictionary[int, AdapterWeights] = weakref.WeakValueDictionary()
+        self._fitting: weakref.WeakSet[Layout] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "dtype": self.dtype}
@@ -78,7 +75,7 @@ class AdapterReader:
         """The same, and the config that makes PEFT build such layers."""
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             outline = self._from_weights(name, source)
-            return _config_of(outline), outline
+            return config_of_shapes(name, outline.sites), outline
         config, tensors = load_source(name, source)
         return config, self._outline(name, config, tensors)
 
@@ -138,19 +135,21 @@ class AdapterReader:
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
         outline = source if isinstance(source, AdapterOutline) else source.outline
-        for path, shape in outline.sites.items():
-            if not _fits(self.root, path, shape):
-                raise AdapterMismatchError(
-                    f"adapter {name!r} does not fit {type(self.root).__name__}: it has weights for a linear layer"
-                    f" {path!r} from {shape.in_features} to {shape.out_features} features, which the model has not."
-                    " Is it an adapter of another model?"
-                )
+        layout = source.layout if isinstance(source, AdapterWeights) else None
+        if layout is None or layout not in self._fitting:
+            _check_fits(name, self.root, outline.sites)
+            if layout is not None:
+                self._fitting.add(layout)
         _check_scales(name, outline.sites)
 
         def read() -> AdapterWeights:
             weights = source if isinstance(source, AdapterWeights) else source.read()
-            dtypes = {tensor.dtype for site in weights.sites.values() for tensor in site.tensors()}
-            return replace(self._checked(weights if dtypes <= {self.dtype} else weights.packed(self.dtype)), name=name)
+            held = (
+                {weights.flat} if weights.flat is not None else {t for s in weights.sites.values() for t in s.tensors()}
+            )
+            if {tensor.dtype for tensor in held} != {self.dtype}:
+                weights = weights.packed(self.dtype)
+            return _renamed(self._checked(weights), name)
 
         return AdapterOutline(name, outline.sites, read)
 
@@ -165,31 +164,24 @@ class AdapterReader:
         return weights
 
 
-def load_source(name: str, source: Source) -> tuple[LoraConfig, TensorSet]:
-    """The config and the tensors at ``source``, of a kind that lorafx runs. AdapterFormatError: they are not."""
-    if isinstance(source, (str, os.PathLike)):
-        folder = Path(source)
-        return read_config(name, folder), open_folder(name, folder)
-    if isinstance(source, tuple) and len(source) == 2:
-        tensors, config = source if isinstance(source[0], Mapping) and _is_tensors(source[0]) else source[::-1]
-        if isinstance(tensors, Mapping) and _is_tensors(tensors) and isinstance(config, (Mapping, PeftConfig)):
-            fields = config if isinstance(config, Mapping) else vars(config)
-            return check_config(name, fields), open_state_dict(name, tensors)
-    elif isinstance(source, Mapping) and _is_tensors(source):
-        found = open_state_dict(name, source)
-        return infer_config(name, found.shapes), found
-    raise AdapterFormatError(
-        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder, a state dict of tensors,"
-        " or a pair (state dict, LoraConfig or dict)."
-    )
-
-
-def _is_tensors(value: Mapping) -> bool:
-    return bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-
-
 def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
+
+
+def _renamed(weights: AdapterWeights, name: str) -> AdapterWeights:
+    renamed = copy.copy(weights)  # with what it has computed of itself, which a new one would compute again
+    vars(renamed)["name"] = name
+    return renamed
+
+
+def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape]) -> None:
+    for path, shape in sites.items():
+        if not _fits(root, path, shape):
+            raise AdapterMismatchError(
+                f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a linear layer {path!r} from"
+                f" {shape.in_features} to {shape.out_features} features, which the model has not. Is it an adapter of"
+                " another model?"
+            )
 
 
 def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
@@ -211,15 +203,3 @@ def _check_scales(name: str, sites: Mapping[str, SiteShape]) -> None:
                 f"adapter {name!r}: alpha and rank of {path} make its scale {site.scale}; expected at most"
                 f" {LARGEST_SCALE:.1e}, the largest number of the weights' dtype. Is its lora_alpha damaged?"
             )
-
-
-def _config_of(outline: AdapterOutline) -> LoraConfig:
-    """A config that gives PEFT's layers these shapes."""
-    biases = {site.bias for site in outline.sites.values()}
-    if len(biases) != 1:
-        raise AdapterMismatchError(
-            f"adapter {outline.name!r}: PEFT's layers have biases everywhere or nowhere; expected weights of that kind,"
-            " with a layer at least, for a PeftModel."
-        )
-    ranks = {path: site.rank for path, site in outline.sites.items()}
-    return config_of_ranks(ranks, {path: site.scale * site.rank for path, site in outline.sites.items()}, biases.pop())

@@ -1,0 +1,42 @@
+"""What may be given as an adapter, and where its config and its tensors come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import Tensor
+
+from lorafx.adapter_config import check_config, read_config
+from lorafx.errors import AdapterFormatError
+from lorafx.folder_files import open_folder
+from lorafx.inferred_config import infer_config
+from lorafx.tensor_files import TensorSet, open_state_dict
+
+Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
+
+
+def load_source(name: str, source: Source) -> tuple[LoraConfig, TensorSet]:
+    """The config and the tensors at ``source``, of a kind that lorafx runs. AdapterFormatError: they are not."""
+    if isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
+        folder = Path(source)
+        return read_config(name, folder), open_folder(name, folder)
+    if isinstance(source, tuple) and len(source) == 2:
+        tensors, config = source if isinstance(source[0], Mapping) and _is_tensors(source[0]) else source[::-1]
+        if isinstance(tensors, Mapping) and _is_tensors(tensors) and isinstance(config, (Mapping, PeftConfig)):
+            fields = config if isinstance(config, Mapping) else vars(config)
+            return check_config(name, fields), open_state_dict(name, tensors)
+    elif isinstance(source, Mapping) and _is_tensors(source):
+        found = open_state_dict(name, source)
+        return infer_config(name, found.shapes), found
+    raise AdapterFormatError(
+        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder, a state dict of tensors,"
+        " or a pair (state dict, LoraConfig or dict)."
+    )
+
+
+def _is_tensors(value: Mapping) -> bool:
+    return bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
