@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _get_in_out_features
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
@@ -144,10 +144,8 @@ class AdapterReader:
 
         def read() -> AdapterWeights:
             weights = source if isinstance(source, AdapterWeights) else source.read()
-            held = (
-                {weights.flat} if weights.flat is not None else {t for s in weights.sites.values() for t in s.tensors()}
-            )
-            if {tensor.dtype for tensor in held} != {self.dtype}:
+            tensors = [weights.flat] if weights.flat is not None else _tensors(weights)
+            if any(tensor.dtype != self.dtype for tensor in tensors):
                 weights = weights.packed(self.dtype)
             return _renamed(self._checked(weights), name)
 
@@ -166,6 +164,10 @@ class AdapterReader:
 
 def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
+
+
+def _tensors(weights: AdapterWeights) -> list[Tensor]:
+    return [tensor for site in weights.sites.values() for tensor in site.tensors()]
 
 
 def _renamed(weights: AdapterWeights, name: str) -> AdapterWeights:
