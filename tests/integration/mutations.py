@@ -17,6 +17,8 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from .models import noise
+
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -125,9 +127,9 @@ def changed_tensors(draw: st.DrawFn) -> Change:
         elif kind == "drop":
             del tensors[key]
         elif kind == "add":
-            tensors[name] = torch.randn(seed, 32)
+            tensors[name] = noise(seed, 32)
         elif kind == "base":  # a weight of the base model: its own, which is 1, or another
-            tensors["base_model.model.model.norm.weight"] = torch.ones(32) if seed % 2 else torch.randn(32)
+            tensors["base_model.model.model.norm.weight"] = torch.ones(32) if seed % 2 else noise(32)
         elif kind == "twice":
             tensors[key.removeprefix("base_model.model.")] = tensor * seed
         elif kind == "reshape":
