@@ -120,7 +120,7 @@ def test_some_lines(change, reserved, folders):
 @pytest.mark.parametrize("reserved", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_third_line(change, reserved, folders):
-    """Of some 11,000, another third for each kind of room; every single one was run too, for load and unload."""
+    """Of some 11,000, another third for each kind of room."""
     stopped_at_lines(change, reserved, folders, 3, first=1 + reserved)
 
 
