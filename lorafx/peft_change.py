@@ -25,14 +25,15 @@ def changing_peft(follower: Follower, name: str) -> Iterator[None]:
         if not follower.holds(None):
             follower.bring_up()
         before = Before(follower, name)
+        done = False
         try:
             yield
-        except BaseException:
-            before.put_back()
-            raise
-        try:
+            done = True
             follower.bring_up(heeding=False)
         except BaseException:
+            if not done:
+                before.put_back()
+                raise
             try:
                 follower.bring_up(heeding=False)  # an interrupt comes once
             except BaseException:
