@@ -364,8 +364,8 @@ class AdapterBank:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Alone with the bank: forwards are waited for, Ctrl-C waits."""
-        with self._lock.writing(), uninterrupted():
+        """Alone with the bank: forwards are waited for, Ctrl-C waits. What is made outlives inference mode."""
+        with self._lock.writing(), uninterrupted(), torch.inference_mode(False), torch.no_grad():
             try:
                 yield
             finally:

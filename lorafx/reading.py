@@ -58,6 +58,7 @@ class AdapterReader:
         vars(self).update(state)
         self._begin()
 
+    @torch.inference_mode(False)  # what is read outlives the caller's mode
     def open(self, name: str, source: Source) -> AdapterOutline:
         """The adapter at ``source`` as it would stand on the model, under ``name``, its weights still to be read.
 
@@ -71,6 +72,7 @@ class AdapterReader:
             return self._from_weights(name, source)
         return self._outline(name, *load_source(name, source))
 
+    @torch.inference_mode(False)
     def open_with_config(self, name: str, source: Source) -> tuple[LoraConfig, AdapterOutline]:
         """The same, and the config that makes PEFT build such layers."""
         if isinstance(source, (AdapterWeights, AdapterOutline)):
@@ -83,6 +85,8 @@ class AdapterReader:
         plan, sites = self._plan(name, config, tensors)
         _check_scales(name, sites)
 
+        @torch.inference_mode(False)
+        @torch.no_grad()
         def read() -> AdapterWeights:
             if plan is not None:
                 check_base(name, self.root, {path: tensors.take(key) for key, path in plan.base.items()})
@@ -142,6 +146,8 @@ class AdapterReader:
                 self._fitting.add(layout)
         _check_scales(name, outline.sites)
 
+        @torch.inference_mode(False)
+        @torch.no_grad()
         def read() -> AdapterWeights:
             weights = source if isinstance(source, AdapterWeights) else source.read()
             tensors = [weights.flat] if weights.flat is not None else _tensors(weights)

@@ -580,3 +580,24 @@ def test_changes_under_threads_of_forwards(pair, folders):
     if failures:
         raise failures[0]
     assert_right(pair)
+
+
+@pytest.mark.parametrize("which", ["peft", "plain"])
+def test_changes_inside_inference_mode(which, folders):
+    """The bank's memory must not become inference tensors, which nothing may write outside."""
+    reference = with_peft(LLAMA.build(), {"a": folders["a"], "c": folders["c"]})
+    if which == "peft":
+        model = lorafx.compile(with_peft(LLAMA.build(), {"a": folders["a"]}), options=EAGER_GRAPH)
+    else:
+        model = lorafx.compile(LLAMA.build(), {"a": folders["a"]}, options=EAGER_GRAPH)
+    names = ["a", "c", "__base__", "c"]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.lora.load("c", folders["c"])
+        got = model(**INPUTS, adapter_names=names).logits
+    assert_close(got.clone(), run(reference, INPUTS, names))
+    assert not model.lora.store.storage.is_inference()
+    model.lora.replace("c", folders["c"])
+    model.lora.replace("a", folders["b"])
+    reference = with_peft(LLAMA.build(), {"a": folders["b"], "c": folders["c"]})
+    assert_equal_now((model, reference), names)
