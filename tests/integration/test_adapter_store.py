@@ -165,7 +165,7 @@ def test_use_and_using_bring_in_and_give_back(few, base):
 
 
 def test_generate(few):
-    folder, made = few
+    folder, _ = few
     model = compiled(store := lorafx.AdapterStore(folder), room=2)
     names = ["a2", None, "a2", "a11"]
     settings = {"max_new_tokens": 5, "do_sample": False}

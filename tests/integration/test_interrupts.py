@@ -135,10 +135,15 @@ def test_every_line_of_an_exchange(step, made, tmp_path):
 def test_ctrl_c_waits_for_the_end_of_a_change():
     """A real SIGINT, in the middle of a block that must not be left half-way."""
     done = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-        done.append("whole")
+
+    def block() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done.append("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert done == ["whole"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(ZeroDivisionError), uninterrupted():
