@@ -17,11 +17,13 @@ def python_blocks(path: Path) -> list[str]:
 def test_readme_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = python_blocks(ROOT / "README.md")
     assert blocks
+    names: dict[str, object] = {}  # a reader goes from one to the next
     for block in blocks:
-        exec(compile(block.replace("/tmp/lorafx-readme", str(tmp_path)), "README.md", "exec"), {})
+        exec(compile(block.replace("/tmp/lorafx-readme", str(tmp_path)), "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert "AdapterBank: 2 adapter(s)" in shown
     assert "0 skipped" in shown
+    assert re.search(r"AdapterStore\n.*misses: 2", shown, flags=re.DOTALL)
 
 
 def test_links_point_at_files() -> None:
