@@ -401,22 +401,20 @@ class AdapterBank:
         if self._held[name] > 0:
             raise AdapterMismatchError(f"adapter {name!r} is in use by a generate that is under way; wait for its end")
 
-    def _place(self, adapter: AdapterWeights, slot: int | None) -> int:
+    def _place(self, adapter: AdapterWeights, slot: int | None) -> None:
         """Write ``adapter`` into ``slot`` (None: a new one), with a larger store if it does not fit this one."""
         if slot is not None and (
             self.store.holds(slot, adapter.layout) or self.store.find_room(adapter.shapes, instead_of=slot)
         ):
-            self.store.put(slot, adapter)
-            return slot
+            return self.store.put(slot, adapter)  # nothing comes after it: see _commit
         missing = [path for path in adapter.sites if path not in self.store.index]
         reason = (
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as {missing[0]}"
             if missing
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
-        store, slot = self._larger(adapter, slot)
-        self._switch_to(store, reason)
-        return slot
+        store, _ = self._larger(adapter, slot)
+        return self._switch_to(store, reason)
 
     def _switch_to(self, store: PackedStore, reason: str) -> None:
         """All or nothing, as ``PackedStore.put`` is."""
