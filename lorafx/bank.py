@@ -176,7 +176,7 @@ class AdapterBank:
         with ExitStack() as stack:
             if selection is not None:
                 state = CallState(selection, batch)
-                if self._shelf is not None:
+                if self._shelf is not None and outer.pinned is None:  # a forward must not wait for a change
                     stack.enter_context(self._shelf.holding(names_in(selection)))
             token = self._call.set(state)
             try:
@@ -274,15 +274,12 @@ class AdapterBank:
         if self._peft is not None:
             self._peft.replace(name, source)
             return
-        adapter = source
-        if not (isinstance(source, AdapterWeights) and self.store.holds(slot, source.layout)):
-            outline = self._reader().open(name, source)
-            self._admit(outline, slot)
-            adapter = outline.read()
+        outline = self._reader().open(name, source)
+        self._admit(outline, slot)  # before any weight is read
+        adapter = outline.read()
         with self._changing():
             slot = self._slot(name)
-            if not self.store.holds(slot, adapter.layout):
-                self._admit(adapter.outline, slot)
+            self._admit(outline, slot)  # again: other threads may have taken the room
             self._commit(self._slots, lambda: self._place(adapter, slot))
 
     def unload(self, name: str) -> None:
@@ -413,8 +410,7 @@ class AdapterBank:
             if missing
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
-        store, _ = self._larger(adapter, slot)
-        return self._switch_to(store, reason)
+        return self._switch_to(self._larger(adapter, slot), reason)
 
     def _switch_to(self, store: PackedStore, reason: str) -> None:
         """All or nothing, as ``PackedStore.put`` is."""
@@ -448,7 +444,7 @@ class AdapterBank:
                 " Compile with a larger max_rank."
             )
 
-    def _larger(self, adapter: AdapterWeights, slot: int | None) -> tuple[PackedStore, int]:
+    def _larger(self, adapter: AdapterWeights, slot: int | None) -> PackedStore:
         """A new store with what this one holds, except slot ``slot``, and with ``adapter``."""
         old = self.store
         names = {at: name for name, at in self._slots.items() if at != slot and name != adapter.name}
@@ -468,7 +464,7 @@ class AdapterBank:
         store = PackedStore(list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device)
         for at, held_weights in weights.items():
             store.put(at, held_weights)
-        return store, slot
+        return store
 
     def weights_of(self, name: str) -> AdapterWeights:
         """What the bank holds of ``name``: views of its memory."""

@@ -18,7 +18,7 @@ class HostCache:
         self._read = read
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, AdapterWeights] = OrderedDict()
-        self._under_way: dict[str, Future[AdapterWeights]] = {}
+        self._under_way: dict[str, Future[AdapterWeights | None]] = {}
 
     def get(self, name: str) -> AdapterWeights:
         """From memory, or read now, or by whoever reads it already. What reading raises is raised, and not kept."""
@@ -31,13 +31,17 @@ class HostCache:
             if mine:
                 future = self._under_way[name] = Future()
         if not mine:
-            return future.result()
+            read = future.result()
+            return read if read is not None else self.get(name)
         try:
             weights = self._read(name)
         except BaseException as error:
             with self._lock:
                 self._under_way.pop(name, None)
-            future.set_exception(error)
+            if isinstance(error, Exception):
+                future.set_exception(error)
+            else:
+                future.set_result(None)  # the reading thread was interrupted: those who wait read themselves
             raise
         with self._lock:
             if self._under_way.pop(name, None) is future:  # nobody has said forget() meanwhile

@@ -8,13 +8,11 @@ import torch
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that are alive on the CPU, each storage once."""
+    """Of all tensors that are alive on the CPU, each storage once; tracing's fake ones have no memory."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
-            try:
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-            except (RuntimeError, NotImplementedError):  # fake tensors have none
-                continue
+        plain = type(thing) in (torch.Tensor, torch.nn.Parameter) and not torch._is_functional_tensor(thing)
+        if plain and thing.device.type == "cpu" and thing.layout == torch.strided:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())

@@ -16,6 +16,7 @@ from transformers import CompileConfig, PreTrainedTokenizerFast, pipeline
 import lorafx
 from lorafx.sites import SiteHook
 
+from .in_threads import repeating
 from .models import (
     EAGER_GRAPH,
     FAMILIES,
@@ -336,27 +337,11 @@ def test_changes_while_threads_call(folders, reference):
     model = compiled_llama(folders, max_adapters=5)
     want = run(reference, INPUTS, NAMES)
     run(model, INPUTS, NAMES)
-    failures, stop = [], threading.Event()
-
-    def call():
-        try:
-            while not stop.is_set():
-                assert_close(run(model, INPUTS, NAMES), want)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for i in range(6):
-        model.lora.load("extra", folders["abc"[i % 3]])
-        model.lora.replace("extra", folders["a"])
-        model.lora.unload("extra")
-    stop.set()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with repeating(lambda: assert_close(run(model, INPUTS, NAMES), want), threads=2):
+        for i in range(6):
+            model.lora.load("extra", folders["abc"[i % 3]])
+            model.lora.replace("extra", folders["a"])
+            model.lora.unload("extra")
 
 
 # ------------------------------------------------------------------------------------------------ copies

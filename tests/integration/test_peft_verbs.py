@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 import lorafx
 
+from .in_threads import repeating
 from .lockstep import (
     INPUTS,
     assert_equal_now,
@@ -558,27 +558,12 @@ def test_changes_under_threads_of_forwards(pair, folders):
     """load, replace and unload of a PeftModel: each batch sees all of one, never half."""
     model, reference = pair
     names = ["a", "b", "__base__", "b"]
-    want, failures, done = run(reference, INPUTS, names), [], threading.Event()
-
-    def call():
-        try:
-            while not done.is_set():
-                assert_close(run(model, INPUTS, names), want)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for name in ("d", "e", "f") * 2:
-        model.lora.load("other", folders[name])
-        model.lora.replace("other", folders["d"])
-        model.lora.unload("other")
-    done.set()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    want = run(reference, INPUTS, names)
+    with repeating(lambda: assert_close(run(model, INPUTS, names), want), threads=3):
+        for name in ("d", "e", "f") * 2:
+            model.lora.load("other", folders[name])
+            model.lora.replace("other", folders["d"])
+            model.lora.unload("other")
     assert_right(pair)
 
 

@@ -337,3 +337,18 @@ def test_identity_is_more_than_memory():
         written.mul_(2),
     ):
         assert plans._identity(other) not in (plans._identity(tensor), before)
+
+
+def test_weights_packed_by_hand_are_looked_at_too(tmp_path):
+    """replace by weights of the same layout is only a copy of their numbers; NaN must not come in that way."""
+    folder = save_adapter(LLAMA, tmp_path / "a", **KINDS["qkv"])
+    model = lorafx.compile(LLAMA.build(), {"a": folder}, mode="eager")
+    good = model.lora.read(folder)
+    bad = good.packed(torch.float64).packed(torch.float32)
+    assert model.lora.store.holds(0, bad.layout)
+    bad.flat[-1] = float("nan")
+    before = model.lora.store.storage.clone()
+    with pytest.raises(lorafx.AdapterFormatError, match="NaN"):
+        model.lora.replace("a", bad)
+    assert torch.equal(model.lora.store.storage, before)
+    model.lora.replace("a", good)
