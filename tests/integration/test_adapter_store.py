@@ -272,6 +272,22 @@ def test_threads_that_need_each_others_room(few, base):
     assert store.stats.hits + store.stats.misses == 4 * 25 * 3
 
 
+def test_what_a_call_has_named_stays_until_it_ends(few, base):
+    folder, made = few
+    model = compiled(store := lorafx.AdapterStore(folder), room=2)
+    got = []
+    with store.holding(["a1", "a2"]):
+        thread = threading.Thread(target=lambda: got.append(run(model, INPUTS, ["a3"] * 4)), daemon=True)
+        thread.start()
+        thread.join(timeout=2)
+        assert thread.is_alive()  # it waits, and takes nothing
+        assert store.resident == ["a1", "a2"]
+    thread.join(timeout=60)
+    assert_close(got[0], expected(["a3"] * 4, made, base))
+    assert store.resident == ["a2", "a3"]
+    assert store.stats.seconds_waiting > 1
+
+
 def test_an_exchange_that_fails_puts_everything_back(few, base, monkeypatch):
     folder, made = few
     model = compiled(store := lorafx.AdapterStore(folder), room=2)
