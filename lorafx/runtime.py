@@ -150,10 +150,11 @@ class Runtime:
         self._attach_sites()
         if reason is None:
             return
-        if not self.eager and self._entry is not None:
+        reasons = [] if self.eager or self._entry is None else [reason]
+        if reasons:
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
-            self.retraces.append(reason)
-        self._entry = None
+        # in one step, and the last: what stops us before it leaves no trace in the report, nor costs one
+        self._entry, self.retraces[:] = None, [*self.retraces, *reasons]
 
     def _guard_use(self, selection: Selection) -> None:
         if self.follower.gone and names_in(selection):
