@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, pick, pick_ptr, window_of
+from lorafx.kernels._routing import entry_of, first_token, last_token, pick, pick_ptr
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def expand_kernel(
     rows,
     pairs,
     WIDTHS: tl.constexpr,
+    FIRST_TILES: tl.constexpr,  # where each sibling's column tiles start
     B_STRIDES_R: tl.constexpr,
     B_STRIDES_N: tl.constexpr,
     RANKS: tl.constexpr,  # of each sibling, where there is no routing, and the same for the next two
@@ -45,81 +46,107 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SPLITS: tl.constexpr,  # the power of two that holds SPLIT_K
+    SPANS: tl.constexpr,  # a tile may span rows of the batch
+    TWO_TERMS: tl.constexpr,  # S as the sum of two numbers of B's dtype, so that the products are exact
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, column tiles of the widest sibling, siblings)."""
+    """Grid: (token tiles, column tiles of all siblings)."""
     SIBLINGS: tl.constexpr = len(WIDTHS)
-    sibling = tl.program_id(2)
+    column_tile = tl.program_id(1)
+    sibling = 0
+    for i in tl.static_range(1, SIBLINGS):
+        sibling += (column_tile >= FIRST_TILES[i]).to(tl.int32)
     width = pick(sibling, WIDTHS, tl.int32)
-    first_column = tl.program_id(1) * BLOCK_N
-    if first_column >= width:
-        return
-    n = first_column + tl.arange(0, BLOCK_N)  # [BN]
-    b_ptr = pick_ptr(sibling, b0_ptr, b1_ptr, b2_ptr, b3_ptr, SIBLINGS)
-    stride_r = pick(sibling, B_STRIDES_R)
-    b_columns = b_ptr + n * pick(sibling, B_STRIDES_N)  # [BN]
+    n = (column_tile - pick(sibling, FIRST_TILES, tl.int32)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
 
-    first = tl.program_id(0) * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, tokens) - 1
-    m = tl.arange(0, BLOCK_M)  # [BM]; offsets within a tile fit 32 bits
-    token = first + m  # [BM]
-    entry = entry_of(token, row_tokens, rows, count_ptr)  # [BM]
+    first = first_token(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
+    last = last_token(first, tokens, row_tokens, BLOCK_M, SPANS)
+    m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits
+    tile = first.to(tl.int64) * width
+    offs = m[:, None] * width + n[None, :]  # [M, N]
+    mask = (first + m <= last)[:, None] & (n < width)[None, :]
+    y_ptr = pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS)
+    y = tl.load(y_ptr + tile + offs, mask=mask, other=0.0)  # first, to be on its way while the routing is read
+
+    stride_r = pick(sibling, B_STRIDES_R)
+    b_columns = pick_ptr(sibling, b0_ptr, b1_ptr, b2_ptr, b3_ptr, SIBLINGS) + n * pick(sibling, B_STRIDES_N)  # [N]
     s_ptr += first.to(tl.int64) * LANES + pick(sibling, FIRST_LANES)
     split_stride = tl.cast(tokens, tl.int64) * LANES
 
     delta = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    # A tile may span rows of the batch: one pass for each routing entry in it, other tokens masked.
+    # A tile that spans rows takes one pass for each routing entry in it, other tokens masked.
+    entry = entry_of(first + m, row_tokens, rows, count_ptr)  # [M]
     first_entry = entry_of(first, row_tokens, rows, count_ptr)
-    last_entry = entry_of(last, row_tokens, rows, count_ptr)
+    last_entry = first_entry
+    if SPANS:
+        last_entry = entry_of(last, row_tokens, rows, count_ptr)
     for current in range(first_entry, last_entry + 1):
-        mine = (token <= last) & (entry == current)  # [BM]
+        mine = first + m <= last  # [M]
+        if SPANS:
+            mine &= entry == current
         for pair in range(pairs):
-            start, rank, bias_row = window_of(
-                current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_STRIDE, RANKS, BIAS_ROWS
-            )
+            if slots_ptr is None:
+                start = tl.cast(0, tl.int64)
+                rank = pick(sibling, RANKS, tl.int32)
+                bias_row = pick(sibling, BIAS_ROWS)
+                factor = pick(sibling, FACTORS, tl.float32)
+                if scale_ptr is not None:
+                    factor *= tl.load(scale_ptr + FIRST_SIBLING + sibling).to(tl.float32)
+            else:
+                slot = tl.load(slots_ptr + current * pairs + pair)
+                used = slot >= 0
+                window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
+                start = tl.load(window_ptr, mask=used, other=0).to(tl.int64)
+                rank = tl.load(window_ptr + 1, mask=used, other=0).to(tl.int32)
+                bias_row = tl.load(window_ptr + 2, mask=used, other=-1).to(tl.int64)
+                factor = tl.load(weights_ptr + current * pairs + pair, mask=used, other=0.0).to(tl.float32)
+                factor *= tl.load(
+                    scale_ptr + slot * SCALE_STRIDE + FIRST_SIBLING + sibling, mask=used, other=0.0
+                ).to(tl.float32)
             if rank > 0:
-                part = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                # Where a tile holds rows of several adapters, what one adds is selected and not multiplied by zero:
+                # a NaN stays in the rows that use it.
+                part = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32) if SPANS else delta
                 for r0 in range(0, rank, BLOCK_R):
-                    r = r0 + tl.arange(0, BLOCK_R)  # [BR]
-                    s_lanes = s_ptr + start + r  # [BR]
+                    r = r0 + tl.arange(0, BLOCK_R)  # [R]
+                    s_lanes = s_ptr + start + r  # [R]
                     b = tl.load(
                         b_columns[None, :] + ((start + r) * stride_r)[:, None],
                         mask=(r < rank)[:, None] & (n < width)[None, :],
                         other=0.0,
-                    ).to(tl.float32)  # [BR, BN]
+                    )  # [R, N]
                     if BLOCK_M == 1:
-                        s = tl.zeros([BLOCK_R], dtype=tl.float32)
-                        for split in range(SPLIT_K):
-                            s += tl.load(s_lanes + split * split_stride, mask=r < rank, other=0.0)
-                        part += tl.sum(s[:, None] * b, axis=0)[None, :]
+                        split = tl.arange(0, SPLITS)
+                        s = tl.load(
+                            s_lanes[None, :] + split[:, None] * split_stride,
+                            mask=(split < SPLIT_K)[:, None] & (r < rank)[None, :],
+                            other=0.0,
+                        )  # [splits, R]
+                        s = tl.sum(s, axis=0) * factor
+                        part += tl.sum(s[:, None] * b.to(tl.float32), axis=0)[None, :]
                     else:
                         s = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-                        for split in range(SPLIT_K):
+                        for split in tl.static_range(SPLIT_K):
                             s += tl.load(
                                 s_lanes[None, :] + split * split_stride + m[:, None] * LANES,
                                 mask=mine[:, None] & (r < rank)[None, :],
                                 other=0.0,
                             )
-                        part = tl.dot(s, b, part, input_precision=PRECISION)
+                        s *= factor
+                        if TWO_TERMS:
+                            high = s.to(b.dtype)
+                            part = tl.dot((s - high.to(tl.float32)).to(b.dtype), b, part)
+                            part = tl.dot(high, b, part)
+                        else:
+                            part = tl.dot(s, b.to(tl.float32), part, input_precision=PRECISION)
                 if bias_row >= 0:
-                    bias = tl.load(b_columns + bias_row * stride_r, mask=n < width, other=0.0)  # [BN]
-                    part += bias.to(tl.float32)[None, :]
-                if slots_ptr is None:
-                    factor = pick(sibling, FACTORS, tl.float32)
-                    if scale_ptr is not None:
-                        factor *= tl.load(scale_ptr + FIRST_SIBLING + sibling).to(tl.float32)
+                    bias = tl.load(b_columns + bias_row * stride_r, mask=n < width, other=0.0)  # [N]
+                    part += factor * bias.to(tl.float32)[None, :]
+                if SPANS:
+                    delta += tl.where(mine[:, None], part, 0.0)
                 else:
-                    factor = tl.load(weights_ptr + current * pairs + pair).to(tl.float32)
-                    slot = tl.load(slots_ptr + current * pairs + pair)
-                    factor *= tl.load(
-                        scale_ptr + slot * SCALE_STRIDE + FIRST_SIBLING + sibling, mask=slot >= 0, other=0.0
-                    ).to(tl.float32)
-                # Selected, not multiplied by zero: a NaN of one adapter stays in the rows that use it.
-                delta += tl.where(mine[:, None], part * factor, 0.0)
+                    delta = part
 
-    tile = first.to(tl.int64) * width
-    offs = m[:, None] * width + n[None, :]  # [BM, BN]
-    mask = (token <= last)[:, None] & (n < width)[None, :]
-    y = tl.load(pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS) + tile + offs, mask=mask, other=0.0)
-    out = (y.to(tl.float32) + delta).to(y.dtype)
-    tl.store(pick_ptr(sibling, out0_ptr, out1_ptr, out2_ptr, out3_ptr, SIBLINGS) + tile + offs, out, mask=mask)
+    out_ptr = pick_ptr(sibling, out0_ptr, out1_ptr, out2_ptr, out3_ptr, SIBLINGS)
+    tl.store(out_ptr + tile + offs, (y.to(tl.float32) + delta).to(y.dtype), mask=mask)

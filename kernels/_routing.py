@@ -1,6 +1,8 @@
-"""What the shrink and the expand share: how a program finds its sibling, its routing entry and its window.
+"""What the shrink and the expand share: values by sibling, and the routing entry of a token.
 
-Without routing (``slots_ptr`` and what goes with it are None) one adapter, known to the host, serves every row.
+Nothing here may return what was loaded from memory and then reaches the address of a store: Inductor asks which
+arguments a kernel writes, follows a store's address back through such a call into the call's pointers, and takes the
+tables for written. It then hands each kernel a copy, and the copies were wrong (seen on an H100, torch 2.11).
 """
 
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def pick(sibling, VALUES: tl.constexpr, DTYPE: tl.constexpr = tl.int64):
-    """``VALUES[sibling]`` for a sibling known only at run time."""
+    """``VALUES[sibling]`` for siblings known only at run time."""
     value = tl.cast(VALUES[0], DTYPE)
     for i in tl.static_range(1, len(VALUES)):
         value = tl.where(sibling == i, tl.cast(VALUES[i], DTYPE), value)
@@ -18,7 +20,7 @@ def pick(sibling, VALUES: tl.constexpr, DTYPE: tl.constexpr = tl.int64):
 
 @triton.jit
 def pick_ptr(sibling, ptr0, ptr1, ptr2, ptr3, SIBLINGS: tl.constexpr):
-    """The pointer of a sibling; those past ``SIBLINGS`` are None."""
+    """The pointer of each sibling; those past ``SIBLINGS`` are None."""
     ptr = ptr0
     if SIBLINGS > 1:
         ptr = tl.where(sibling == 1, ptr1, ptr)
@@ -30,6 +32,27 @@ def pick_ptr(sibling, ptr0, ptr1, ptr2, ptr3, SIBLINGS: tl.constexpr):
 
 
 @triton.jit
+def first_token(tile, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
+    """The first token of a tile. Unless a tile may span rows of the batch, every row begins a new one."""
+    if SPANS:
+        first = tile * BLOCK_M
+    else:
+        tiles = tl.cdiv(row_tokens, BLOCK_M)
+        first = (tile // tiles) * row_tokens + (tile % tiles) * BLOCK_M
+    return first
+
+
+@triton.jit
+def last_token(first, tokens, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
+    """The last token of a tile."""
+    if SPANS:
+        end = tokens
+    else:
+        end = (first // row_tokens + 1) * row_tokens
+    return tl.minimum(first + BLOCK_M, end) - 1
+
+
+@triton.jit
 def entry_of(token, row_tokens, rows, count_ptr):
     """The routing entry of a token: rows repeated by beams follow the row that they came from."""
     if count_ptr is None:
@@ -37,22 +60,3 @@ def entry_of(token, row_tokens, rows, count_ptr):
     else:
         entry = ((token // row_tokens).to(tl.int64) * tl.load(count_ptr) // rows).to(tl.int32)
     return entry
-
-
-@triton.jit
-def window_of(
-    entry, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING: tl.constexpr, WINDOW_STRIDE: tl.constexpr,
-    RANKS: tl.constexpr, BIAS_ROWS: tl.constexpr,
-):  # fmt: skip
-    """(first row, rank, bias row) of an entry's adapter at a sibling; rank 0 on the base model, bias row -1 if none."""
-    if slots_ptr is None:
-        start = tl.cast(0, tl.int64)
-        rank = pick(sibling, RANKS, tl.int32)
-        bias_row = pick(sibling, BIAS_ROWS)
-    else:
-        slot = tl.load(slots_ptr + entry * pairs + pair)
-        window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
-        start = tl.load(window_ptr, mask=slot >= 0, other=0).to(tl.int64)
-        rank = tl.load(window_ptr + 1, mask=slot >= 0, other=0).to(tl.int32)
-        bias_row = tl.load(window_ptr + 2, mask=slot >= 0, other=-1).to(tl.int64)
-    return start, rank, bias_row

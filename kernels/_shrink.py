@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, pick, pick_ptr, window_of
+from lorafx.kernels._routing import entry_of, first_token, last_token, pick, pick_ptr
 
 
 @triton.jit
@@ -13,8 +13,9 @@ def shrink_kernel(
     a1_ptr,
     a2_ptr,
     a3_ptr,
+    after_ptr,  # not read: the launch comes after what makes it
     s_ptr,  # [SPLIT_K, tokens, LANES], float32; only the lanes of the windows in use are written
-    slots_ptr,  # [entries, pairs]
+    slots_ptr,  # [entries, pairs]; without routing None, and so are the next two
     windows_ptr,  # [slots, siblings, 3]: first row, rank, bias row
     count_ptr,  # []
     tokens,
@@ -28,59 +29,75 @@ def shrink_kernel(
     FIRST_SIBLING: tl.constexpr,  # of this launch, in windows
     WINDOW_STRIDE: tl.constexpr,  # from slot to slot
     BLOCK_M: tl.constexpr,  # tokens of a program; 1: sums of products, else tl.dot
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # ranks of each of its siblings
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    CHUNK: tl.constexpr,  # of K for a program, a multiple of BLOCK_K
+    TOGETHER: tl.constexpr,  # siblings of a program, a power of two
+    RANK_BLOCKS: tl.constexpr,  # programs that share the ranks of a window
+    SPANS: tl.constexpr,  # a tile may span rows of the batch
     UPCAST: tl.constexpr,  # x and A differ in dtype
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, siblings * pairs, SPLIT_K)."""
+    """Grid: (token tiles, sibling blocks * RANK_BLOCKS, SPLIT_K)."""
     SIBLINGS: tl.constexpr = len(FIRST_LANES)
-    sibling = tl.program_id(1) % SIBLINGS
-    pair = tl.program_id(1) // SIBLINGS
+    lane = tl.arange(0, TOGETHER * BLOCK_R)  # [L]: block after block of BLOCK_R lanes, one for each sibling
+    sibling = tl.program_id(1) // RANK_BLOCKS * TOGETHER + lane // BLOCK_R  # [L]
+    first_rank = tl.program_id(1) % RANK_BLOCKS * BLOCK_R
     split = tl.program_id(2)
     a_ptr = pick_ptr(sibling, a0_ptr, a1_ptr, a2_ptr, a3_ptr, SIBLINGS)
+    first_lane = pick(sibling, FIRST_LANES)  # [L]
 
-    first = tl.program_id(0) * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, tokens) - 1
-    token = first + tl.arange(0, BLOCK_M)  # [BM]
-    entry = entry_of(token, row_tokens, rows, count_ptr)  # [BM]
+    first = first_token(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
+    last = last_token(first, tokens, row_tokens, BLOCK_M, SPANS)
+    m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits
+    entry = entry_of(first + m, row_tokens, rows, count_ptr)  # [M]
     x_ptr += first.to(tl.int64) * K
-    s_ptr += (split.to(tl.int64) * tokens + first) * LANES + pick(sibling, FIRST_LANES)
-    m = tl.arange(0, BLOCK_M)  # [BM]; offsets within a tile fit 32 bits
+    s_ptr += (split.to(tl.int64) * tokens + first) * LANES
 
-    # A tile may span rows of the batch: one pass for each routing entry in it, other tokens masked.
+    # A tile that spans rows takes one pass for each routing entry in it, other tokens masked.
     first_entry = entry_of(first, row_tokens, rows, count_ptr)
-    last_entry = entry_of(last, row_tokens, rows, count_ptr)
+    last_entry = first_entry
+    if SPANS:
+        last_entry = entry_of(last, row_tokens, rows, count_ptr)
     for current in range(first_entry, last_entry + 1):
-        start, rank, _ = window_of(
-            current, pair, pairs, sibling, slots_ptr, windows_ptr, FIRST_SIBLING, WINDOW_STRIDE, RANKS, RANKS
-        )
-        mine = (token <= last) & (entry == current)  # [BM]
-        for r0 in range(0, rank, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)  # [BR]
-            a_rows = a_ptr + (start + r) * K  # [BR]; start is int64
-            s_lanes = s_ptr + start + r  # [BR]
-            if BLOCK_M == 1:
-                products = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-                for k0 in range(split * BLOCK_K, K, SPLIT_K * BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    x = tl.load(x_ptr + k, mask=k < K, other=0.0)  # [BK]
-                    a = tl.load(a_rows[:, None] + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)
-                    products += x.to(tl.float32)[None, :] * a.to(tl.float32)  # [BR, BK]
-                tl.store(s_lanes, tl.sum(products, axis=1), mask=r < rank)
+        mine = first + m <= last  # [M]
+        if SPANS:
+            mine &= entry == current
+        for pair in range(pairs):
+            if slots_ptr is None:
+                start = tl.zeros_like(sibling).to(tl.int64)
+                rank = tl.where(sibling < SIBLINGS, pick(sibling, RANKS, tl.int32), 0)
             else:
-                s = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-                for k0 in range(split * BLOCK_K, K, SPLIT_K * BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    x = tl.load(
-                        x_ptr + m[:, None] * K + k[None, :], mask=mine[:, None] & (k < K)[None, :], other=0.0
-                    )  # [BM, BK]
-                    a = tl.load(
-                        a_rows[None, :] + k[:, None], mask=(r < rank)[None, :] & (k < K)[:, None], other=0.0
-                    )  # [BK, BR]
-                    if UPCAST:
-                        x = x.to(tl.float32)
-                        a = a.to(tl.float32)
-                    s = tl.dot(x, a, s, input_precision=PRECISION)
-                tl.store(s_lanes[None, :] + m[:, None] * LANES, s, mask=mine[:, None] & (r < rank)[None, :])
+                slot = tl.load(slots_ptr + current * pairs + pair)
+                used = tl.where(sibling < SIBLINGS, slot, -1) >= 0  # [L]
+                window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
+                start = tl.load(window_ptr, mask=used, other=0).to(tl.int64)  # [L]
+                rank = tl.load(window_ptr + 1, mask=used, other=0).to(tl.int32)  # [L]
+            for r0 in range(first_rank, tl.max(rank, axis=0), RANK_BLOCKS * BLOCK_R):
+                r = r0 + lane % BLOCK_R  # [L]
+                live = r < rank
+                a_rows = a_ptr + (start + r) * K  # [L]; start is int64
+                s_lanes = s_ptr + first_lane + start + r  # [L]
+                if BLOCK_M == 1:
+                    products = tl.zeros([TOGETHER * BLOCK_R, BLOCK_K], dtype=tl.float32)
+                    for k0 in range(0, CHUNK, BLOCK_K):
+                        k = split * CHUNK + k0 + tl.arange(0, BLOCK_K)  # [K]
+                        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+                        a = tl.load(a_rows[:, None] + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+                        products += x.to(tl.float32)[None, :] * a.to(tl.float32)  # [L, K]
+                    tl.store(s_lanes, tl.sum(products, axis=1), mask=live)
+                else:
+                    s = tl.zeros([BLOCK_M, TOGETHER * BLOCK_R], dtype=tl.float32)
+                    for k0 in range(0, CHUNK, BLOCK_K):
+                        k = split * CHUNK + k0 + tl.arange(0, BLOCK_K)  # [K]
+                        x = tl.load(
+                            x_ptr + m[:, None] * K + k[None, :], mask=mine[:, None] & (k < K)[None, :], other=0.0
+                        )  # [M, K]
+                        a = tl.load(
+                            a_rows[None, :] + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
+                        )  # [K, L]
+                        if UPCAST:
+                            x = x.to(tl.float32)
+                            a = a.to(tl.float32)
+                        s = tl.dot(x, a, s, input_precision=PRECISION)
+                    tl.store(s_lanes[None, :] + m[:, None] * LANES, s, mask=mine[:, None] & live[None, :])

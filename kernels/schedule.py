@@ -13,14 +13,26 @@ MANY_ROWS = 512
 
 @dataclass(frozen=True)
 class Schedule:
-    """``block_m`` is the tokens of a program; 1 means sums of products (decode), 16 and more tensor cores."""
+    """``block_m`` is the tokens of a program; 1 means sums of products (decode), 16 and more tensor cores.
+
+    Shrink: a program takes ``block_r`` ranks of ``together`` siblings and ``chunk`` of k in steps of ``block_k``;
+    ``rank_blocks`` programs share the ranks of a window and ``split_k`` the whole of k. Expand: ``block_n`` columns, in
+    steps of ``expand_r`` ranks. ``spans``: a tile may hold tokens of several rows of the batch
+    """
 
     block_m: int
+    spans: bool
     block_r: int
+    rank_blocks: int
+    together: int
     block_k: int
-    block_n: int
+    chunk: int
     split_k: int
-    num_warps: int
+    shrink_warps: int
+    shrink_stages: int
+    block_n: int
+    expand_r: int
+    expand_warps: int
 
 
 def schedule(
@@ -33,25 +45,66 @@ def schedule(
     the dots
     """
     if tokens_per_row == 1 and (rows is None or rows <= MANY_ROWS):
-        # Bound by the bytes of A and B, each read once: long rows of loads, no padding of the one token to a tile.
-        block_k = _power_of_two(k, 32, 256)
-        split_k = max(1, min(MAX_SPLIT_K, k // (2 * block_k)))
-        return Schedule(1, 16, block_k, _power_of_two(max(widths), 32, 256), split_k, 4)
+        return _decode(k, widths, max_rank)
     if rows is None or tokens_per_row is None:
-        tokens, block_m = None, 64
+        tokens, block_m, tiles = None, 64, None
+    elif tokens_per_row == 1:
+        tokens, block_m = rows, 64
+        tiles = -(-tokens // block_m)
     else:
-        # A tile may span rows, at one pass for each row in it: small tiles for short rows.
-        tokens = rows * tokens_per_row
-        block_m = _power_of_two(tokens if tokens_per_row == 1 else tokens_per_row, 16, 64)
-    block_k = _power_of_two(k, 16, 64 if itemsize <= 2 else 32)
+        tokens, block_m = rows * tokens_per_row, power_of_two(tokens_per_row, 16, 64)
+        tiles = rows * -(-tokens_per_row // block_m)
+    together = power_of_two(len(widths), 1, 4)
+    block_r = power_of_two(max_rank, 16, 64 // together)
+    rank_blocks = min(4, -(-max_rank // block_r))
+    block_k = power_of_two(k, 16, 64 if itemsize <= 2 else 32)
     split_k = 1
-    if tokens is not None:  # unknown: the scratch grows with split_k, so only where the tokens are known to be few
-        split_k = max(1, min(MAX_SPLIT_K, FULL_GPU // -(-tokens // block_m), k // (4 * block_k)))
-    # Larger blocks of ranks and columns spill registers (64 x 64 x 32: a few bytes on sm_80, none on sm_90).
-    block_n = _power_of_two(max(widths), 16, 64)
-    return Schedule(block_m, _power_of_two(max_rank, 16, 32), block_k, block_n, split_k, 4)
+    if tiles is not None:  # unknown: the scratch grows with split_k, so only where the tokens are known to be few
+        split_k = max(1, min(MAX_SPLIT_K, FULL_GPU // tiles, k // (4 * block_k)))
+    return Schedule(
+        block_m=block_m,
+        spans=tokens_per_row == 1,
+        block_r=block_r,
+        rank_blocks=rank_blocks,
+        together=together,
+        block_k=block_k,
+        chunk=_chunk(k, split_k, block_k),
+        split_k=split_k,
+        shrink_warps=4,
+        shrink_stages=4,
+        block_n=power_of_two(max(widths), 16, 128 if itemsize <= 2 else 64),
+        expand_r=power_of_two(max_rank, 16, 32),
+        expand_warps=4,
+    )
 
 
-def _power_of_two(value: int, low: int, high: int) -> int:
+def _decode(k: int, widths: tuple[int, ...], max_rank: int) -> Schedule:
+    """Bound by latency and by the bytes of A and B, each read once: many small programs, long rows of loads, no
+    padding of the one token to a tile."""
+    block_k = power_of_two(k, 32, 512)
+    split_k = max(1, min(MAX_SPLIT_K, k // block_k))
+    return Schedule(
+        block_m=1,
+        spans=False,
+        block_r=16,
+        rank_blocks=max(1, min(4, -(-max_rank // 16))),
+        together=1,
+        block_k=block_k,
+        chunk=_chunk(k, split_k, block_k),
+        split_k=split_k,
+        shrink_warps=4,
+        shrink_stages=1,
+        block_n=power_of_two(max(widths), 32, 128),
+        expand_r=power_of_two(max_rank, 16, 32),
+        expand_warps=2,
+    )
+
+
+def _chunk(k: int, split_k: int, block_k: int) -> int:
+    """What each of ``split_k`` programs takes of k, in whole blocks."""
+    return -(-k // (split_k * block_k)) * block_k
+
+
+def power_of_two(value: int, low: int = 1, high: int = 1 << 30) -> int:
     """The smallest power of two that holds ``value``, kept between two powers of two."""
     return max(low, min(high, 1 << max(value - 1, 0).bit_length()))

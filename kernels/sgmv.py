@@ -24,7 +24,7 @@ from torch.library import wrap_triton
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels._expand import expand_kernel
 from lorafx.kernels._shrink import shrink_kernel
-from lorafx.kernels.schedule import schedule
+from lorafx.kernels.schedule import power_of_two, schedule
 
 MAX_SIBLINGS = 4  # pointers of one launch; larger groups take further launches
 INTERPRETED = triton.knobs.runtime.interpret  # triton reads it when it decorates a kernel, so at import
@@ -109,8 +109,8 @@ def _sgmv(
     """The op ``lorafx::sgmv``, for x ``[rows, ..., in]``: ``routed_lora``, or without routing (slots, weights, count
     and windows None) adapter rows ``[0, caps[i])`` for everyone, ``bias_rows[i]`` and ``factors[i]`` with them."""
     outs = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
-    k, row_tokens = x.shape[-1], math.prod(x.shape[1:-1])
-    tokens = x.shape[0] * row_tokens
+    k, rows, row_tokens = x.shape[-1], x.shape[0], math.prod(x.shape[1:-1])
+    tokens = rows * row_tokens
     if tokens == 0:
         return outs
     x = x.reshape(tokens, k).contiguous()
@@ -132,13 +132,14 @@ def _sgmv(
         widths = tuple(y.shape[-1] for y in own_y)
         one_dtype = x.dtype == own_a[0].dtype
         plan = schedule(
-            _known(tokens // row_tokens), _known(row_tokens), k, widths, max(ranks),
-            itemsize=x.dtype.itemsize if one_dtype else 4,
-        )  # fmt: skip
-        tiles = -(-tokens // plan.block_m)
+            _known(rows), _known(row_tokens), k, widths, max(ranks), itemsize=x.dtype.itemsize if one_dtype else 4
+        )
+        tiles = -(-tokens // plan.block_m) if plan.spans else rows * -(-row_tokens // plan.block_m)
         scratch = torch.empty((plan.split_k, tokens, lanes), dtype=torch.float32, device=x.device)
         absent = [None] * (MAX_SIBLINGS - size)
-        sizes = (tokens, row_tokens, tokens // row_tokens, pairs)
+        ys_here = [y.contiguous() for y in own_y]
+        *first_tiles, column_tiles = accumulate((-(-width // plan.block_n) for width in widths), initial=0)
+        sizes = (tokens, row_tokens, rows, pairs)
         shared = {
             "RANKS": ranks,
             "FIRST_LANES": tuple(first_lanes),
@@ -146,30 +147,40 @@ def _sgmv(
             "FIRST_SIBLING": group[0],
             "WINDOW_STRIDE": 0 if slots is None else windows.stride(0),
             "BLOCK_M": plan.block_m,
-            "BLOCK_R": plan.block_r,
-            "SPLIT_K": plan.split_k,
+            "SPANS": plan.spans,
         }
-        wrap_triton(shrink_kernel)[(tiles, size * pairs, plan.split_k)](
-            x, *own_a, *absent, scratch, slots, windows, count, *sizes,
+        # Behind the base GEMMs: before them, Inductor stores the x that both read twice.
+        wrap_triton(shrink_kernel)[(tiles, -(-size // plan.together) * plan.rank_blocks, plan.split_k)](
+            x, *own_a, *absent, ys_here[-1], scratch, slots, windows, count, *sizes,
             K=k,
+            BLOCK_R=plan.block_r,
             BLOCK_K=plan.block_k,
+            CHUNK=plan.chunk,
+            TOGETHER=plan.together,
+            RANK_BLOCKS=plan.rank_blocks,
             UPCAST=not one_dtype,
             PRECISION=dot_precision(x.device, x.dtype, own_a[0].dtype),
-            num_warps=plan.num_warps,
+            num_warps=plan.shrink_warps,
+            num_stages=plan.shrink_stages,
             **shared,
         )  # fmt: skip
-        wrap_triton(expand_kernel)[(tiles, -(-max(widths) // plan.block_n), size)](
-            *(y.contiguous() for y in own_y), *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
+        wrap_triton(expand_kernel)[(tiles, column_tiles)](
+            *ys_here, *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
             scratch, slots, weights, windows, scale, count, *sizes,
             WIDTHS=widths,
+            FIRST_TILES=tuple(first_tiles),
             B_STRIDES_R=tuple(t.stride(0) for t in own_b),
             B_STRIDES_N=tuple(t.stride(1) for t in own_b),
             BIAS_ROWS=tuple(bias_rows[i] for i in group) if bias_rows else (),
             FACTORS=tuple(factors[i] for i in group) if factors else (),
             SCALE_STRIDE=0 if slots is None else scale.stride(0),
+            BLOCK_R=plan.expand_r,
             BLOCK_N=plan.block_n,
+            SPLIT_K=plan.split_k,
+            SPLITS=power_of_two(plan.split_k),
+            TWO_TERMS=own_b[0].dtype == torch.bfloat16,
             PRECISION=dot_precision(x.device, own_b[0].dtype),
-            num_warps=plan.num_warps,
+            num_warps=plan.expand_warps,
             num_stages=1,  # most windows are one block of ranks: nothing to overlap
             **shared,
         )  # fmt: skip

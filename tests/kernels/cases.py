@@ -6,6 +6,7 @@ Data are signed. Every rank row that no row of the batch uses holds NaN (``poiso
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,12 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels import ops, reference  # noqa: F401  (ops: defines what run() calls)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+CAN_RUN_KERNELS = INTERPRETED or KERNEL_DEVICE == "cuda"
+# the 16-bit dtypes whose ``tl.dot`` can be relied on: the interpreter's is wrong in bfloat16
+SIXTEEN_BITS = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 BOUND = 1e-5  # rel-L2 of the delta: sums are float32 whatever the dtypes
 
@@ -59,8 +66,22 @@ class Case:
     def args(self) -> tuple:
         return tuple(vars(self).values())
 
+    def on(self, device: str) -> Case:
+        """The same tensors elsewhere, with the same strides; on the CPU themselves."""
+        if device == "cpu":
+            return self
+
+        def moved(value):
+            if isinstance(value, list):
+                return [moved(t) for t in value]
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+
+        return replace(self, **{k: v if k == "caps" else moved(v) for k, v in vars(self).items()})
+
     def run(self, lowering: str) -> list[Tensor]:
-        return torch.ops.lorafx.routed_lora(*self.args(), None, lowering)
+        """On a CPU; the kernels on a GPU, unless the interpreter is to run them. What they return lies on the CPU."""
+        args = self.on(KERNEL_DEVICE if lowering == "triton" else "cpu").args()
+        return [out.cpu() for out in torch.ops.lorafx.routed_lora(*args, None, lowering)]
 
     def expected(self) -> list[Tensor]:
         """``y + delta`` in float64, rounded nowhere."""

@@ -1,4 +1,4 @@
-"""Runs ``interpreter/`` in a process of its own: triton reads TRITON_INTERPRET when it decorates a kernel."""
+"""Runs ``triton_lowering/`` in a process of its own: triton reads TRITON_INTERPRET when it decorates a kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreter")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_lowering")]
     run = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},

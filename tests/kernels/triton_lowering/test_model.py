@@ -1,13 +1,14 @@
-"""A whole model through the real kernels on a CPU: adapters of every kind of ranks, against plain PEFT."""
+"""A whole model through the real kernels, on a GPU or in the interpreter: adapters of every kind of ranks, against
+plain PEFT."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.cases import CAN_RUN_KERNELS, KERNEL_DEVICE
+
+if not CAN_RUN_KERNELS:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -61,14 +62,15 @@ def test_whole_model(ranks, dtype, partner, tmp_path) -> None:
     paths = {"one": save_adapter(tmp_path, 3, **RANKS[ranks]), "two": partner}
     names = ["one", "__base__", "two"]
     ids = torch.randint(0, 64, (3, 5), generator=torch.Generator().manual_seed(1))
+    on_device = ids.to(KERNEL_DEVICE)
     exact = PeftModel.from_pretrained(llama(dtype).double(), paths["one"], adapter_name="one")
     exact.load_adapter(paths["two"], adapter_name="two")
-    model = lorafx.compile(llama(dtype), paths, options={"lowering": "triton", "inductor": False})
+    model = lorafx.compile(llama(dtype).to(KERNEL_DEVICE), paths, options={"lowering": "triton", "inductor": False})
     with torch.no_grad():
-        got = model(ids, adapter_names=names).logits.double()
+        got = model(on_device, adapter_names=names).logits.double().cpu()
         want = exact.double()(input_ids=ids, adapter_names=names).logits
         base = llama(dtype)(ids[1:2]).logits.double()
-        idle = model(ids, adapter_names=[None] * 3).logits.double()
+        idle = model(on_device, adapter_names=[None] * 3).logits.double().cpu()
     for row in range(3):
         assert (got[row] - want[row]).norm() <= BOUNDS[dtype] * want[row].norm()
     assert torch.equal(got[1], idle[1])
@@ -80,9 +82,9 @@ def test_whole_model(ranks, dtype, partner, tmp_path) -> None:
 
 def test_inside_inductor(partner) -> None:
     """The kernels called from code that Inductor compiled."""
-    ids = torch.randint(0, 64, (2, 4), generator=torch.Generator().manual_seed(1))
-    eager = lorafx.compile(llama(), {"two": partner}, mode="eager")
-    model = lorafx.compile(llama(), {"two": partner}, options={"lowering": "triton"})
+    ids = torch.randint(0, 64, (2, 4), generator=torch.Generator().manual_seed(1)).to(KERNEL_DEVICE)
+    eager = lorafx.compile(llama().to(KERNEL_DEVICE), {"two": partner}, mode="eager")
+    model = lorafx.compile(llama().to(KERNEL_DEVICE), {"two": partner}, options={"lowering": "triton"})
     with torch.no_grad():
         want, got = eager(ids, adapter_names=["two", None]), model(ids, adapter_names=["two", None])
     assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
