@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin: benchmarks.kernel_resources -->", "<!-- end: benchmarks.kernel_resources -->"
 HEAD = (
     "variant", "kernel", "target", "warps", "registers", "spilled", "shared", "programs", "matrix instructions",
-    "128-bit loads",
+    "loads", "128-bit loads",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def row_of(variant: Variant, launch: Launch, target: str) -> tuple[object, ...]:
     except Exception as error:  # one variant that does not compile is a row, not the end of the table
         return (variant, name, target, f"{type(error).__name__}: {error}".splitlines()[0], *[""] * (len(HEAD) - 4))
     numbers = (found.warps, found.registers, found.spilled, found.shared, found.programs)
-    return (variant, name, target, *numbers, counted(found.matrix), counted(found.wide_loads))
+    return (variant, name, target, *numbers, counted(found.matrix), found.loads, counted(found.wide_loads))
 
 
 def counted(names: Counter[str]) -> str:

@@ -1,7 +1,7 @@
 """What one decode step of a layer sends to a GPU: `python -m benchmarks.launches`. Counts, not times; needs no GPU.
 
-One decoder layer of Llama-3-8B in bf16, eight rows of one token, no cache, as Inductor compiles it for an H100: the base
-model, PEFT's layers and lorafx, rank 16. What runs is never asked, so the weights hold whatever was in memory.
+One decoder layer of Llama-3-8B in bf16, eight rows of one token, no cache, as Inductor compiles it for an H100: the
+base model, PEFT's layers and lorafx, rank 16. Nothing runs, so the weights hold whatever was in memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Step(nn.Module):
 
 
 def step(peft_targets: Sequence[str] = ()) -> Step:
-    """A layer whose weights were never written, so that none of their memory is touched; with PEFT's layers if asked."""
+    """A layer whose weights were never written, so that their memory is not touched; with PEFT's layers if asked."""
     with torch.device("meta"):
         model = Step()
         if peft_targets:

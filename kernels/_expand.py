@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, first_token, last_token, pick, pick_ptr
+from lorafx.kernels._routing import entry_of, first_token, high_part, last_token, low_part, pairs_of, pick, pick_ptr
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def expand_kernel(
     row_tokens,  # tokens of one row of the batch
     rows,
     pairs,
+    PAIRS: tl.constexpr,  # the power of two that holds pairs
     WIDTHS: tl.constexpr,
     FIRST_TILES: tl.constexpr,  # where each sibling's column tiles start
     B_STRIDES_R: tl.constexpr,
@@ -48,26 +49,30 @@ def expand_kernel(
     SPLIT_K: tl.constexpr,
     SPLITS: tl.constexpr,  # the power of two that holds SPLIT_K
     SPANS: tl.constexpr,  # a tile may span rows of the batch
-    TWO_TERMS: tl.constexpr,  # S as the sum of two numbers of B's dtype, so that the products are exact
+    TERMS: tl.constexpr,  # 2: B is bfloat16, S taken as the sum of two bfloat16; 3: both float32, both taken so
+    DOT: tl.constexpr,  # what a dot takes for bfloat16
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, column tiles of all siblings)."""
+    """Grid: (token tiles, rows, column tiles of all siblings); rows is 1 where a tile may span them."""
     SIBLINGS: tl.constexpr = len(WIDTHS)
-    column_tile = tl.program_id(1)
+    column_tile = tl.program_id(2)
     sibling = 0
     for i in tl.static_range(1, SIBLINGS):
         sibling += (column_tile >= FIRST_TILES[i]).to(tl.int32)
     width = pick(sibling, WIDTHS, tl.int32)
     n = (column_tile - pick(sibling, FIRST_TILES, tl.int32)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
 
-    first = first_token(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
-    last = last_token(first, tokens, row_tokens, BLOCK_M, SPANS)
+    row = tl.program_id(1)
+    first = first_token(tl.program_id(0), row, row_tokens, BLOCK_M, SPANS)
+    last = last_token(first, row, tokens, row_tokens, BLOCK_M, SPANS)
     m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits
+    valid = first + m <= last
     tile = first.to(tl.int64) * width
     offs = m[:, None] * width + n[None, :]  # [M, N]
-    mask = (first + m <= last)[:, None] & (n < width)[None, :]
-    y_ptr = pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS)
-    y = tl.load(y_ptr + tile + offs, mask=mask, other=0.0)  # first, to be on its way while the routing is read
+    mask = valid[:, None] & (n < width)[None, :]
+    y_ptr = pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS) + tile
+    if BLOCK_M == 1:  # on its way while the routing is read; a larger tile would not leave registers enough
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0)
 
     stride_r = pick(sibling, B_STRIDES_R)
     b_columns = pick_ptr(sibling, b0_ptr, b1_ptr, b2_ptr, b3_ptr, SIBLINGS) + n * pick(sibling, B_STRIDES_N)  # [N]
@@ -76,16 +81,17 @@ def expand_kernel(
 
     delta = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     # A tile that spans rows takes one pass for each routing entry in it, other tokens masked.
-    entry = entry_of(first + m, row_tokens, rows, count_ptr)  # [M]
-    first_entry = entry_of(first, row_tokens, rows, count_ptr)
-    last_entry = first_entry
+    first_entry = entry_of(first // row_tokens if SPANS else row, rows, count_ptr)
+    passes = 1
     if SPANS:
-        last_entry = entry_of(last, row_tokens, rows, count_ptr)
-    for current in range(first_entry, last_entry + 1):
-        mine = first + m <= last  # [M]
+        entry = entry_of((first + m) // row_tokens, rows, count_ptr)  # [M]
+        passes = entry_of(last // row_tokens, rows, count_ptr) - first_entry + 1
+    for turn in range(passes):
+        current = first_entry + turn
+        mine = valid  # [M]
         if SPANS:
             mine &= entry == current
-        for pair in range(pairs):
+        for pair in range(pairs_of(current, pairs, slots_ptr, PAIRS)):
             if slots_ptr is None:
                 start = tl.cast(0, tl.int64)
                 rank = pick(sibling, RANKS, tl.int32)
@@ -95,15 +101,12 @@ def expand_kernel(
                     factor *= tl.load(scale_ptr + FIRST_SIBLING + sibling).to(tl.float32)
             else:
                 slot = tl.load(slots_ptr + current * pairs + pair)
-                used = slot >= 0
                 window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
-                start = tl.load(window_ptr, mask=used, other=0).to(tl.int64)
-                rank = tl.load(window_ptr + 1, mask=used, other=0).to(tl.int32)
-                bias_row = tl.load(window_ptr + 2, mask=used, other=-1).to(tl.int64)
-                factor = tl.load(weights_ptr + current * pairs + pair, mask=used, other=0.0).to(tl.float32)
-                factor *= tl.load(
-                    scale_ptr + slot * SCALE_STRIDE + FIRST_SIBLING + sibling, mask=used, other=0.0
-                ).to(tl.float32)
+                start = tl.load(window_ptr).to(tl.int64)
+                rank = tl.load(window_ptr + 1).to(tl.int32)
+                bias_row = tl.load(window_ptr + 2).to(tl.int64)
+                factor = tl.load(weights_ptr + current * pairs + pair).to(tl.float32)
+                factor *= tl.load(scale_ptr + slot * SCALE_STRIDE + FIRST_SIBLING + sibling).to(tl.float32)
             if rank > 0:
                 # Where a tile holds rows of several adapters, what one adds is selected and not multiplied by zero:
                 # a NaN stays in the rows that use it.
@@ -134,10 +137,13 @@ def expand_kernel(
                                 other=0.0,
                             )
                         s *= factor
-                        if TWO_TERMS:
-                            high = s.to(b.dtype)
-                            part = tl.dot((s - high.to(tl.float32)).to(b.dtype), b, part)
-                            part = tl.dot(high, b, part)
+                        if TERMS == 2:
+                            part = tl.dot(low_part(s, DOT), b.to(DOT), part)
+                            part = tl.dot(high_part(s, DOT), b.to(DOT), part)
+                        elif TERMS == 3:
+                            part = tl.dot(low_part(s, DOT), high_part(b, DOT), part)
+                            part = tl.dot(high_part(s, DOT), low_part(b, DOT), part)
+                            part = tl.dot(high_part(s, DOT), high_part(b, DOT), part)
                         else:
                             part = tl.dot(s, b.to(tl.float32), part, input_precision=PRECISION)
                 if bias_row >= 0:
@@ -148,5 +154,7 @@ def expand_kernel(
                 else:
                     delta = part
 
+    if BLOCK_M > 1:
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0)
     out_ptr = pick_ptr(sibling, out0_ptr, out1_ptr, out2_ptr, out3_ptr, SIBLINGS)
     tl.store(out_ptr + tile + offs, (y.to(tl.float32) + delta).to(y.dtype), mask=mask)

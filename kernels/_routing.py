@@ -32,31 +32,51 @@ def pick_ptr(sibling, ptr0, ptr1, ptr2, ptr3, SIBLINGS: tl.constexpr):
 
 
 @triton.jit
-def first_token(tile, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
-    """The first token of a tile. Unless a tile may span rows of the batch, every row begins a new one."""
-    if SPANS:
-        first = tile * BLOCK_M
-    else:
-        tiles = tl.cdiv(row_tokens, BLOCK_M)
-        first = (tile // tiles) * row_tokens + (tile % tiles) * BLOCK_M
+def first_token(tile, row, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
+    """The first token of a tile: of all tokens where a tile may span rows of the batch, else of those of a row."""
+    first = tile * BLOCK_M
+    if not SPANS:
+        first += row * row_tokens
     return first
 
 
 @triton.jit
-def last_token(first, tokens, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
+def last_token(first, row, tokens, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
     """The last token of a tile."""
-    if SPANS:
-        end = tokens
-    else:
-        end = (first // row_tokens + 1) * row_tokens
+    end = tokens if SPANS else (row + 1) * row_tokens
     return tl.minimum(first + BLOCK_M, end) - 1
 
 
 @triton.jit
-def entry_of(token, row_tokens, rows, count_ptr):
-    """The routing entry of a token: rows repeated by beams follow the row that they came from."""
+def entry_of(row, rows, count_ptr):
+    """The routing entry of a row of the batch: rows repeated by beams follow the row that they came from."""
     if count_ptr is None:
-        entry = token * 0
+        entry = row * 0
     else:
-        entry = ((token // row_tokens).to(tl.int64) * tl.load(count_ptr) // rows).to(tl.int32)
+        entry = (row.to(tl.int64) * tl.load(count_ptr) // rows).to(tl.int32)
     return entry
+
+
+
+@triton.jit
+def pairs_of(entry, pairs, slots_ptr, PAIRS: tl.constexpr):
+    """How many adapters a routing entry has; they fill its pairs from the left. Without routing 1."""
+    if slots_ptr is None:
+        count = pairs
+    else:
+        pair = tl.arange(0, PAIRS)
+        slots = tl.load(slots_ptr + entry * pairs + pair, mask=pair < pairs, other=-1)
+        count = tl.sum((slots >= 0).to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit
+def high_part(value, DOT: tl.constexpr):
+    """The first 8 bits of float32 numbers' significands, as bfloat16; in ``DOT`` for a dot to take."""
+    return value.to(tl.bfloat16).to(DOT)
+
+
+@triton.jit
+def low_part(value, DOT: tl.constexpr):
+    """The next 8 bits: both parts together are ``value`` to 2^-17."""
+    return (value - value.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16).to(DOT)

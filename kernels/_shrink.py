@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, first_token, last_token, pick, pick_ptr
+from lorafx.kernels._routing import entry_of, first_token, high_part, last_token, low_part, pairs_of, pick, pick_ptr
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def shrink_kernel(
     rows,
     pairs,
     K: tl.constexpr,
+    PAIRS: tl.constexpr,  # the power of two that holds pairs
     RANKS: tl.constexpr,  # of each sibling, where there is no routing
     FIRST_LANES: tl.constexpr,  # where each sibling's lanes start in s
     LANES: tl.constexpr,
@@ -35,44 +36,54 @@ def shrink_kernel(
     TOGETHER: tl.constexpr,  # siblings of a program, a power of two
     RANK_BLOCKS: tl.constexpr,  # programs that share the ranks of a window
     SPANS: tl.constexpr,  # a tile may span rows of the batch
+    ALIGNED: tl.constexpr,  # rows of A begin at multiples of 16 bytes
     UPCAST: tl.constexpr,  # x and A differ in dtype
+    TERMS: tl.constexpr,  # 2: x is bfloat16, A float32, taken as the sum of two bfloat16
+    DOT: tl.constexpr,  # what a dot takes for bfloat16
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, sibling blocks * RANK_BLOCKS, SPLIT_K)."""
+    """Grid: (token tiles, rows, sibling blocks * RANK_BLOCKS * SPLIT_K); rows is 1 where a tile may span them."""
     SIBLINGS: tl.constexpr = len(FIRST_LANES)
     lane = tl.arange(0, TOGETHER * BLOCK_R)  # [L]: block after block of BLOCK_R lanes, one for each sibling
-    sibling = tl.program_id(1) // RANK_BLOCKS * TOGETHER + lane // BLOCK_R  # [L]
-    first_rank = tl.program_id(1) % RANK_BLOCKS * BLOCK_R
-    split = tl.program_id(2)
-    a_ptr = pick_ptr(sibling, a0_ptr, a1_ptr, a2_ptr, a3_ptr, SIBLINGS)
+    SPLIT_K: tl.constexpr = (K + CHUNK - 1) // CHUNK
+    split = tl.program_id(2) % SPLIT_K
+    block = tl.program_id(2) // SPLIT_K
+    first_sibling = block // RANK_BLOCKS * TOGETHER
+    sibling = first_sibling + lane // BLOCK_R  # [L]
+    first_rank = block % RANK_BLOCKS * BLOCK_R
+    a_ptr = pick_ptr(first_sibling if TOGETHER == 1 else sibling, a0_ptr, a1_ptr, a2_ptr, a3_ptr, SIBLINGS)
+    if ALIGNED and TOGETHER > 1 and SIBLINGS > 1:
+        a_ptr = tl.multiple_of(a_ptr, 16)  # the compiler forgets it, and would load two bytes at a time
     first_lane = pick(sibling, FIRST_LANES)  # [L]
 
-    first = first_token(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
-    last = last_token(first, tokens, row_tokens, BLOCK_M, SPANS)
+    row = tl.program_id(1)
+    first = first_token(tl.program_id(0), row, row_tokens, BLOCK_M, SPANS)
+    last = last_token(first, row, tokens, row_tokens, BLOCK_M, SPANS)
     m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits
-    entry = entry_of(first + m, row_tokens, rows, count_ptr)  # [M]
+    valid = first + m <= last
     x_ptr += first.to(tl.int64) * K
     s_ptr += (split.to(tl.int64) * tokens + first) * LANES
 
     # A tile that spans rows takes one pass for each routing entry in it, other tokens masked.
-    first_entry = entry_of(first, row_tokens, rows, count_ptr)
-    last_entry = first_entry
+    first_entry = entry_of(first // row_tokens if SPANS else row, rows, count_ptr)
+    passes = 1
     if SPANS:
-        last_entry = entry_of(last, row_tokens, rows, count_ptr)
-    for current in range(first_entry, last_entry + 1):
-        mine = first + m <= last  # [M]
+        entry = entry_of((first + m) // row_tokens, rows, count_ptr)  # [M]
+        passes = entry_of(last // row_tokens, rows, count_ptr) - first_entry + 1
+    for turn in range(passes):
+        current = first_entry + turn
+        mine = valid  # [M]
         if SPANS:
             mine &= entry == current
-        for pair in range(pairs):
+        for pair in range(pairs_of(current, pairs, slots_ptr, PAIRS)):
             if slots_ptr is None:
                 start = tl.zeros_like(sibling).to(tl.int64)
                 rank = tl.where(sibling < SIBLINGS, pick(sibling, RANKS, tl.int32), 0)
             else:
                 slot = tl.load(slots_ptr + current * pairs + pair)
-                used = tl.where(sibling < SIBLINGS, slot, -1) >= 0  # [L]
                 window_ptr = windows_ptr + slot * WINDOW_STRIDE + (FIRST_SIBLING + sibling) * 3
-                start = tl.load(window_ptr, mask=used, other=0).to(tl.int64)  # [L]
-                rank = tl.load(window_ptr + 1, mask=used, other=0).to(tl.int32)  # [L]
+                start = tl.load(window_ptr, mask=sibling < SIBLINGS, other=0).to(tl.int64)  # [L]
+                rank = tl.load(window_ptr + 1, mask=sibling < SIBLINGS, other=0).to(tl.int32)  # [L]
             for r0 in range(first_rank, tl.max(rank, axis=0), RANK_BLOCKS * BLOCK_R):
                 r = r0 + lane % BLOCK_R  # [L]
                 live = r < rank
@@ -96,8 +107,12 @@ def shrink_kernel(
                         a = tl.load(
                             a_rows[None, :] + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0
                         )  # [K, L]
-                        if UPCAST:
-                            x = x.to(tl.float32)
-                            a = a.to(tl.float32)
-                        s = tl.dot(x, a, s, input_precision=PRECISION)
+                        if TERMS == 2:
+                            s = tl.dot(x.to(DOT), low_part(a, DOT), s)
+                            s = tl.dot(x.to(DOT), high_part(a, DOT), s)
+                        else:
+                            if UPCAST:
+                                x = x.to(tl.float32)
+                                a = a.to(tl.float32)
+                            s = tl.dot(x, a, s, input_precision=PRECISION)
                     tl.store(s_lanes[None, :] + m[:, None] * LANES, s, mask=mine[:, None] & live[None, :])

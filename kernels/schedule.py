@@ -6,22 +6,25 @@ from dataclasses import dataclass
 
 # A GPU has about a hundred multiprocessors; a shrink of few tokens is cut along k until it has this many programs.
 FULL_GPU = 128
-MAX_SPLIT_K = 16
-# Rows of one token, more than a decode step has: an input that was flattened to [batch * tokens, k].
-MANY_ROWS = 512
+MAX_SPLIT_K = 32
+# Rows of one token, each with programs of its own: more than a decode step has, so an input that was flattened to
+# [batch * tokens, k] is cut into tiles. Tiles of 16 rows with a pass for each adapter in them took 5 to 8 times as long
+# at 64 rows of 8 adapters on an H100.
+FEW_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``block_m`` is the tokens of a program; 1 means sums of products (decode), 16 and more tensor cores.
+    """Tokens of a program: ``shrink_m`` and ``expand_m``; 1 means sums of products, 16 and more tensor cores.
 
     Shrink: a program takes ``block_r`` ranks of ``together`` siblings and ``chunk`` of k in steps of ``block_k``;
     ``rank_blocks`` programs share the ranks of a window and ``split_k`` the whole of k. Expand: ``block_n`` columns, in
     steps of ``expand_r`` ranks. ``spans``: a tile may hold tokens of several rows of the batch
     """
 
-    block_m: int
     spans: bool
+    shrink_m: int
+    expand_m: int
     block_r: int
     rank_blocks: int
     together: int
@@ -44,59 +47,70 @@ def schedule(
     k: width of x; widths: of the outputs; max_rank: no adapter has a higher rank; itemsize: bytes of an operand of
     the dots
     """
-    if tokens_per_row == 1 and (rows is None or rows <= MANY_ROWS):
-        return _decode(k, widths, max_rank)
+    if tokens_per_row == 1 and (rows is None or rows <= FEW_ROWS):
+        return _single_rows(rows, k, widths, max_rank)
     if rows is None or tokens_per_row is None:
-        tokens, block_m, tiles = None, 64, None
-    elif tokens_per_row == 1:
-        tokens, block_m = rows, 64
-        tiles = -(-tokens // block_m)
+        tokens = None
     else:
-        tokens, block_m = rows * tokens_per_row, power_of_two(tokens_per_row, 16, 64)
-        tiles = rows * -(-tokens_per_row // block_m)
+        tokens = rows * tokens_per_row
+    spans = tokens_per_row == 1
+    longest = 64 if tokens_per_row is None else power_of_two(tokens if spans else tokens_per_row, 16, 64)
+    shrink_m, split_k = longest, 1
+    block_k = power_of_two(k, 16, 64 if itemsize <= 2 else 32)
+    if tokens is not None:  # unknown: the scratch grows with split_k, so only where the tokens are known to be few
+        while shrink_m > 16 and tokens // shrink_m < FULL_GPU // 2:
+            shrink_m //= 2
+        # the expand reads all partial sums again for each of its column tiles, so they are to be few
+        split_k = max(1, min(8, FULL_GPU // -(-tokens // shrink_m), k // (4 * block_k)))
     together = power_of_two(len(widths), 1, 4)
     block_r = power_of_two(max_rank, 16, 64 // together)
-    rank_blocks = min(4, -(-max_rank // block_r))
-    block_k = power_of_two(k, 16, 64 if itemsize <= 2 else 32)
-    split_k = 1
-    if tiles is not None:  # unknown: the scratch grows with split_k, so only where the tokens are known to be few
-        split_k = max(1, min(MAX_SPLIT_K, FULL_GPU // tiles, k // (4 * block_k)))
+    chunk = _chunk(k, split_k, block_k)
     return Schedule(
-        block_m=block_m,
-        spans=tokens_per_row == 1,
+        spans=spans,
+        shrink_m=shrink_m,
+        expand_m=min(longest, 32),
         block_r=block_r,
-        rank_blocks=rank_blocks,
+        rank_blocks=min(4, -(-max_rank // block_r)),
         together=together,
         block_k=block_k,
-        chunk=_chunk(k, split_k, block_k),
-        split_k=split_k,
+        chunk=chunk,
+        split_k=-(-k // chunk),
         shrink_warps=4,
         shrink_stages=4,
-        block_n=power_of_two(max(widths), 16, 128 if itemsize <= 2 else 64),
-        expand_r=power_of_two(max_rank, 16, 32),
+        block_n=power_of_two(max(widths), 16, 256 if itemsize <= 2 else 128),
+        expand_r=16,
         expand_warps=4,
     )
 
 
-def _decode(k: int, widths: tuple[int, ...], max_rank: int) -> Schedule:
-    """Bound by latency and by the bytes of A and B, each read once: many small programs, long rows of loads, no
-    padding of the one token to a tile."""
-    block_k = power_of_two(k, 32, 512)
+def _single_rows(rows: int | None, k: int, widths: tuple[int, ...], max_rank: int) -> Schedule:
+    """Bound by latency and by the bytes of A and B: many small programs, long rows of loads, no padding of the one
+    token to a tile. The more rows, the larger the programs: these then wait for each other's launch."""
+    block_k = power_of_two(k, 32, 256)
     split_k = max(1, min(MAX_SPLIT_K, k // block_k))
+    block_n = 64
+    if rows is not None:
+        while split_k > 8 and rows * len(widths) * split_k > 12 * FULL_GPU:
+            split_k //= 2
+        while block_n < 256 and rows * sum(widths) // block_n > 16 * FULL_GPU:
+            block_n *= 2
+    block_n = power_of_two(max(widths), 32, block_n)
+    chunk = _chunk(k, split_k, block_k)
     return Schedule(
-        block_m=1,
         spans=False,
+        shrink_m=1,
+        expand_m=1,
         block_r=16,
         rank_blocks=max(1, min(4, -(-max_rank // 16))),
         together=1,
         block_k=block_k,
-        chunk=_chunk(k, split_k, block_k),
-        split_k=split_k,
+        chunk=chunk,
+        split_k=-(-k // chunk),
         shrink_warps=4,
         shrink_stages=1,
-        block_n=power_of_two(max(widths), 32, 128),
-        expand_r=power_of_two(max_rank, 16, 32),
-        expand_warps=2,
+        block_n=block_n,
+        expand_r=power_of_two(max_rank, 16, max(16, 4096 // block_n)),  # 128 numbers of B for a thread
+        expand_warps=1,
     )
 
 

@@ -18,6 +18,7 @@ from itertools import accumulate
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
@@ -134,37 +135,42 @@ def _sgmv(
         plan = schedule(
             _known(rows), _known(row_tokens), k, widths, max(ranks), itemsize=x.dtype.itemsize if one_dtype else 4
         )
-        tiles = -(-tokens // plan.block_m) if plan.spans else rows * -(-row_tokens // plan.block_m)
+        tiled, tile_rows = (tokens, 1) if plan.spans else (row_tokens, rows)
         scratch = torch.empty((plan.split_k, tokens, lanes), dtype=torch.float32, device=x.device)
         absent = [None] * (MAX_SIBLINGS - size)
         ys_here = [y.contiguous() for y in own_y]
         *first_tiles, column_tiles = accumulate((-(-width // plan.block_n) for width in widths), initial=0)
         sizes = (tokens, row_tokens, rows, pairs)
         shared = {
+            "PAIRS": power_of_two(pairs),
+            "DOT": tl.float32 if INTERPRETED else tl.bfloat16,  # the interpreter's dot is wrong in bfloat16
             "RANKS": ranks,
             "FIRST_LANES": tuple(first_lanes),
             "LANES": lanes,
             "FIRST_SIBLING": group[0],
             "WINDOW_STRIDE": 0 if slots is None else windows.stride(0),
-            "BLOCK_M": plan.block_m,
             "SPANS": plan.spans,
         }
         # Behind the base GEMMs: before them, Inductor stores the x that both read twice.
-        wrap_triton(shrink_kernel)[(tiles, -(-size // plan.together) * plan.rank_blocks, plan.split_k)](
+        blocks = -(-size // plan.together) * plan.rank_blocks * plan.split_k
+        wrap_triton(shrink_kernel)[(-(-tiled // plan.shrink_m), tile_rows, blocks)](
             x, *own_a, *absent, ys_here[-1], scratch, slots, windows, count, *sizes,
             K=k,
+            BLOCK_M=plan.shrink_m,
             BLOCK_R=plan.block_r,
             BLOCK_K=plan.block_k,
             CHUNK=plan.chunk,
             TOGETHER=plan.together,
             RANK_BLOCKS=plan.rank_blocks,
+            ALIGNED=all(_aligned(t) for t in own_a),
             UPCAST=not one_dtype,
-            PRECISION=dot_precision(x.device, x.dtype, own_a[0].dtype),
+            TERMS=2 if (x.dtype, own_a[0].dtype) == (torch.bfloat16, torch.float32) else 1,
+            PRECISION=dot_precision(x.device),
             num_warps=plan.shrink_warps,
             num_stages=plan.shrink_stages,
             **shared,
         )  # fmt: skip
-        wrap_triton(expand_kernel)[(tiles, column_tiles)](
+        wrap_triton(expand_kernel)[(-(-tiled // plan.expand_m), tile_rows, column_tiles)](
             *ys_here, *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
             scratch, slots, weights, windows, scale, count, *sizes,
             WIDTHS=widths,
@@ -174,12 +180,13 @@ def _sgmv(
             BIAS_ROWS=tuple(bias_rows[i] for i in group) if bias_rows else (),
             FACTORS=tuple(factors[i] for i in group) if factors else (),
             SCALE_STRIDE=0 if slots is None else scale.stride(0),
+            BLOCK_M=plan.expand_m,
             BLOCK_R=plan.expand_r,
             BLOCK_N=plan.block_n,
             SPLIT_K=plan.split_k,
             SPLITS=power_of_two(plan.split_k),
-            TWO_TERMS=own_b[0].dtype == torch.bfloat16,
-            PRECISION=dot_precision(x.device, own_b[0].dtype),
+            TERMS=expand_terms(own_y[0].dtype, own_b[0].dtype),
+            PRECISION=dot_precision(x.device),
             num_warps=plan.expand_warps,
             num_stages=1,  # most windows are one block of ranks: nothing to overlap
             **shared,
@@ -200,14 +207,26 @@ def launch_groups(ys: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[li
     return groups
 
 
-def dot_precision(device: torch.device, *dtypes: torch.dtype) -> str:
-    """How ``tl.dot`` takes operands raised to float32.
+def expand_terms(y: torch.dtype, b: torch.dtype) -> int:
+    """How many bfloat16 products make one of S (float32) and B: exact to 2^-17 where B is bfloat16, and to 2^-16 where
+    it is float32, which a 16-bit base output has no use for; 1: a float32 product instead."""
+    if b == torch.bfloat16:
+        return 2
+    return 3 if b == torch.float32 and y.itemsize == 2 else 1
 
-    A 16-bit number is exact in TF32, so with one such operand three tensor-core products are as good as float32 on
-    NVIDIA. Pure float32 stays exact everywhere.
-    """
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return "tf32x3" if nvidia and any(dtype.itemsize == 2 for dtype in dtypes) else "ieee"
+
+def dot_precision(device: torch.device) -> str:
+    """How ``tl.dot`` takes float32 operands: as float32 or, on NVIDIA's tensor cores, as the sum of two TF32 numbers
+    each, which is as good (three products of 11-bit significands; what is left out is 2^-22)."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Every row begins at a multiple of 16 bytes, given that storages do (allocators see to that)."""
+    return all(
+        isinstance(elements, int) and elements * matrix.element_size() % 16 == 0
+        for elements in (matrix.storage_offset(), matrix.stride(0))
+    )
 
 
 def _known(size: int | torch.SymInt) -> int | None:

@@ -1,7 +1,7 @@
 """What Inductor emits for an NVIDIA GPU, shown on a machine that has none, for the graphs that a CPU model compiles.
 
-    code = cuda_code(lambda: model(x))      # model: compiled by torch.compile or lorafx.compile, not called before
-    count_launches(code)
+    code = cuda_code(lambda: model(x))      # model: from torch.compile or lorafx.compile
+    count_launches(code).total
 
 The graph is the one that ``compile_fx`` was given, with its inputs put on a GPU that isn't there. Tensors are fake from
 there on: nothing runs, nothing is timed, and weights may be ``torch.empty``.
@@ -63,19 +63,16 @@ class _Stop(Exception):
 
 def cuda_code(run: Callable[[], object], arch: int = 90) -> CudaCode:
     """The code for the one graph that ``run`` compiles, for a GPU of compute capability ``arch``, in inference."""
-    gm, inputs = _captured(run)
+    gm, inputs, patches = _captured(run)
     _onto_gpu(gm)
     fake = FakeTensorMode()
     with fake:
-        inputs = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU) if isinstance(t, Tensor) else t
-            for t in inputs
-        ]
+        inputs = [_like_on_gpu(value) if isinstance(value, Tensor) else value for value in inputs]
     codes: list[CudaCode] = []
     tracing = torch._guards.tracing(torch._guards.TracingContext(fake))
     with _pretended_gpu(arch, codes), fake, tracing, torch.no_grad():
         try:
-            compile_fx.compile_fx(gm, inputs)
+            compile_fx.compile_fx(gm, inputs, config_patches=patches)
         except InductorError:
             if not codes:
                 raise
@@ -83,12 +80,12 @@ def cuda_code(run: Callable[[], object], arch: int = 90) -> CudaCode:
     return code
 
 
-def _captured(run: Callable[[], object]) -> tuple[fx.GraphModule, Sequence[Any]]:
-    """What ``run`` asks Inductor to compile."""
-    found: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+def _captured(run: Callable[[], object]) -> tuple[fx.GraphModule, Sequence[Any], dict[str, Any] | None]:
+    """What ``run`` asks Inductor to compile: the graph, its inputs, Inductor's settings."""
+    found = []
 
-    def keep(gm: fx.GraphModule, inputs: Sequence[Any], *_: Any, **__: Any) -> None:
-        found.append((gm, inputs))
+    def keep(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any] | None = None, **_: Any) -> None:
+        found.append((gm, inputs, config_patches))
         raise _Stop
 
     torch._dynamo.reset()
@@ -98,8 +95,17 @@ def _captured(run: Callable[[], object]) -> tuple[fx.GraphModule, Sequence[Any]]
         except BackendCompilerFailed:
             if not found:
                 raise
-    assert found, "nothing was compiled: was the model called before?"
+    assert found, "nothing was compiled"
     return found[0]
+
+
+def _like_on_gpu(tensor: Tensor) -> Tensor:
+    """Its offset too: Inductor takes inputs that begin at a multiple of 16 bytes for aligned, others not."""
+    shape, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+    if offset == 0:
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=GPU)
+    reach = offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.empty(reach, dtype=tensor.dtype, device=GPU).as_strided(shape, strides, offset)
 
 
 def _onto_gpu(gm: fx.GraphModule) -> None:
@@ -195,8 +201,8 @@ def _forget_devices() -> None:
 
 @contextmanager
 def _idle_guard() -> Iterator[None]:
-    """Indexing in Python takes a guard of the tensor's device from C++, where a CPU build has none for CUDA: lend it the
-    meta device's, which does nothing."""
+    """Indexing in Python asks C++ for a guard of the tensor's device, and a CPU build has none for CUDA. The meta
+    device's serves: it does nothing."""
     c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     cuda, meta = 1, 14  # of c10::DeviceType
     guards = (ctypes.c_void_p * (meta + 1)).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
@@ -233,11 +239,11 @@ class Launches:
         return sum(re.sub(r"_\d+$", "", called) == name for called in self.user)
 
 
-SYNC = re.compile(r"\.item\(|\.cpu\(|\.tolist\(|_local_scalar_dense|synchronize\(")
+SYNC = re.compile(r"\.item\(|\.cpu\(|\.tolist\(|_local_scalar_dense|synchronize\(|empty_strided_cpu\(")
 MOVES = re.compile(r"\.(copy_|clone|contiguous)\(|\baten\.(copy_|clone)\b")
 FILLS = re.compile(r"\.(zero_|fill_)\(|\baten\.(zero_|fill_|full|zeros)\b")
 # what a kernel may do to a value and yet only move it; a cast and a comparison of indices say where from
-SELECTS = re.compile(r"tl\.(load|full|where)\(|\(?\w+\)?\.to\(|tmp\d+ [<>=!&|]+ tmp\d+$")
+SELECTS = re.compile(r"tl\.(load|full|where)\(|tmp\d+\.to\(|\([^.]+\)\.to\(tl\.int\d+\)|tmp\d+ [<>=!&|]+ tmp\d+$")
 
 
 def count_launches(code: CudaCode) -> Launches:

@@ -34,7 +34,8 @@ RESERVED = {"cuda": 1024, "hip": 0}  # bytes of it that go to each program unask
 THREADS = 2048
 
 MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma_)[\w.]*")
-WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.E[\w.]*\.128\b|\b((?:global|buffer)_load_dwordx4)\b")
+LOAD = re.compile(r"\b(LDG|LDGSTS|global_load|buffer_load)([._]\w[\w.]*)")
+WIDE = re.compile(r"\.128\b|dwordx4$")
 
 LAYERS = {  # of Llama-3-8B: width of x, widths of the outputs
     "qkv": (4096, (4096, 1024, 1024)),
@@ -154,7 +155,8 @@ class Resources:
     spilled: int
     shared: int  # bytes of a program
     matrix: Counter  # matrix instructions in the code, by name
-    wide_loads: Counter  # 128-bit loads in the code, by name
+    loads: int  # from global memory, in the code
+    wide_loads: Counter  # those of 128 bits, by name
 
     @property
     def programs(self) -> int:
@@ -179,6 +181,7 @@ def resources_of(target: str, binary: triton.compiler.CompiledKernel) -> Resourc
         usage, code = (_cuobjdump(binary.asm["cubin"], flag) for flag in ("--dump-resource-usage", "--dump-sass"))
         field = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
         registers, spilled = int(field["REG"]), int(field["STACK"]) + int(field["LOCAL"])
+    loads = LOAD.findall(code)
     return Resources(
         target=target,
         warps=meta.num_warps,
@@ -186,7 +189,8 @@ def resources_of(target: str, binary: triton.compiler.CompiledKernel) -> Resourc
         spilled=spilled,
         shared=meta.shared,
         matrix=Counter(MATRIX.findall(code)),
-        wide_loads=Counter(nvidia or amd for nvidia, amd in WIDE_LOAD.findall(code)),
+        loads=len(loads),
+        wide_loads=Counter(name for name, suffix in loads if WIDE.search(suffix)),
     )
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sgmv.INTERPRETED, reason="TRITON_INTERPRET=1: th
 PROGRAMS = 2
 # The slow tests take what is left: all variants, all targets.
 FAST_TARGETS = ("sm_80", "sm_90")
-FAST_VARIANTS = [v for v in VARIANTS if v.layer == "qkv" and v.rank == 16 and v.routed]
+FAST_VARIANTS = [v for v in VARIANTS if v.layer == "qkv" and v.dtype == v.adapter_dtype == torch.bfloat16 and v.routed]
 
 
 def marks_of(target, variant):

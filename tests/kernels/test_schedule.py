@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from lorafx.kernels.schedule import FULL_GPU, MANY_ROWS, MAX_SPLIT_K, Schedule, schedule
+from lorafx.kernels.schedule import FEW_ROWS, FULL_GPU, MAX_SPLIT_K, Schedule, schedule
 
 LLAMA = {"k": 4096, "widths": (4096, 1024, 1024), "max_rank": 64}
 
 
 def test_decode():
-    assert schedule(1, 1, **LLAMA) == Schedule(block_m=1, block_r=16, block_k=256, block_n=256, split_k=8, num_warps=4)
+    assert schedule(1, 1, **LLAMA) == Schedule(
+        spans=False,
+        shrink_m=1,
+        expand_m=1,
+        block_r=16,
+        rank_blocks=4,
+        together=1,
+        block_k=256,
+        chunk=256,
+        split_k=16,
+        shrink_warps=4,
+        shrink_stages=1,
+        block_n=64,
+        expand_r=64,
+        expand_warps=1,
+    )
+
+
+def test_more_rows_get_larger_programs():
+    few, many = schedule(1, 1, **LLAMA), schedule(64, 1, **LLAMA)
+    assert (many.chunk, many.split_k) == (512, 8)
+    assert (many.block_n, many.expand_r) == (256, 16)
+    assert replace(many, chunk=256, split_k=16, block_n=64, expand_r=64) == few
 
 
 def test_prefill():
     plan = schedule(4, 1024, **LLAMA)
-    assert plan == Schedule(block_m=64, block_r=32, block_k=64, block_n=64, split_k=2, num_warps=4)
+    assert (plan.spans, plan.shrink_m, plan.split_k) == (False, 64, 2)
+    assert (plan.block_r, plan.together, plan.rank_blocks) == (16, 4, 4)
 
 
-def test_few_tokens_are_cut_along_k():
-    assert schedule(1, 16, **LLAMA).split_k == MAX_SPLIT_K
+def test_few_tokens_are_cut_into_small_tiles_and_along_k():
+    plan = schedule(1, 16, **LLAMA)
+    assert (plan.shrink_m, plan.split_k) == (16, 8)
     assert schedule(64, 1024, **LLAMA).split_k == 1
 
 
@@ -29,13 +55,17 @@ def test_few_tokens_are_cut_along_k():
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_blocks_are_what_triton_takes(rows, tokens, k, widths, max_rank, itemsize):
     plan = schedule(rows, tokens, k, widths, max_rank, itemsize)
-    for block in (plan.block_m, plan.block_r, plan.block_k, plan.block_n):
+    for block in (plan.shrink_m, plan.expand_m, plan.block_r, plan.together, plan.block_k, plan.block_n, plan.expand_r):
         assert block & (block - 1) == 0
-    if plan.block_m > 1:  # tl.dot takes no side under 16
-        assert min(plan.block_m, plan.block_r, plan.block_k, plan.block_n) >= 16
-    assert plan.block_m in (1, 16, 32, 64)
+    if plan.shrink_m > 1:  # tl.dot takes no side under 16
+        assert min(plan.shrink_m, plan.together * plan.block_r, plan.block_k) >= 16
+    if plan.expand_m > 1:
+        assert min(plan.expand_m, plan.expand_r, plan.block_n) >= 16
+    assert plan.expand_r * plan.block_n <= 8192  # numbers of B in the registers of a program
+    assert plan.chunk % plan.block_k == 0
+    assert (plan.split_k - 1) * plan.chunk < k <= plan.split_k * plan.chunk  # no program without work, none missing
     assert 1 <= plan.split_k <= MAX_SPLIT_K
-    assert plan.split_k == 1 or plan.split_k * plan.block_k < k  # no program without work
+    assert plan.together * -(-len(widths) // plan.together) >= len(widths)
 
 
 def test_unknown_tokens_never_multiply_the_scratch():
@@ -45,10 +75,12 @@ def test_unknown_tokens_never_multiply_the_scratch():
 
 
 def test_flattened_batch_is_no_decode():
-    assert schedule(MANY_ROWS, 1, **LLAMA).block_m == 1
-    assert schedule(MANY_ROWS + 1, 1, **LLAMA).block_m == 64
+    assert schedule(FEW_ROWS, 1, **LLAMA).shrink_m == 1
+    plan = schedule(FEW_ROWS + 1, 1, **LLAMA)
+    assert plan.spans
+    assert plan.shrink_m >= 16
 
 
 def test_programs_do_not_outgrow_the_gpu():
     plan = schedule(2, 512, **LLAMA)
-    assert plan.split_k * (2 * 512 // plan.block_m) <= FULL_GPU
+    assert plan.split_k * (2 * 512 // plan.shrink_m) <= FULL_GPU

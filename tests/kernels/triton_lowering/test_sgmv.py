@@ -92,7 +92,7 @@ def test_repeated_rows(tokens):
 @pytest.fixture
 def few_rows_are_many(monkeypatch):
     """Tiles of 64 tokens that span rows, as for inputs flattened to [batch * tokens, k], but with few rows."""
-    monkeypatch.setattr("lorafx.kernels.schedule.MANY_ROWS", 16)
+    monkeypatch.setattr("lorafx.kernels.schedule.FEW_ROWS", 16)
 
 
 @pytest.mark.parametrize(("count", "repeats"), [(3, 30), (3, 7), (33, 2), (70, 1)])
