@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lorafx
+from benchmarks.cuda_timing import captured, medians
 
 QKV = ("q_proj", "k_proj", "v_proj")
 ALL = (*QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
 CACHE = 1024  # positions of the static cache
 SEEN = 64  # of them, already filled when a token is decoded
 
-LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
-TINY = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def make_step(model: nn.Module, case: Case, **names: Sequence[str | None]) -> Ca
     embedding = next(model.parameters())
     device, dtype = embedding.device, embedding.dtype
     ids = torch.randint(0, 4096, (case.rows, case.tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    kwargs = dict(input_ids=ids, use_cache=False)
+    kwargs = {"input_ids": ids, "use_cache": False}
     if case.tokens == 1:
         cache = StaticCache(config=model.config, max_cache_len=CACHE)
         config = model.config
@@ -101,7 +102,7 @@ def make_step(model: nn.Module, case: Case, **names: Sequence[str | None]) -> Ca
         for layer in cache.layers:
             for part in (layer.keys, layer.values):  # drawn in one dtype, so that the reference sees the same
                 part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.bfloat16, device=device))
-        kwargs = dict(input_ids=ids, past_key_values=cache, use_cache=True)
+        kwargs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
     seen = [layer.cumulative_length for layer in kwargs["past_key_values"].layers] if case.tokens == 1 else []
 
     def step() -> Tensor:
@@ -143,3 +144,20 @@ def errors(base: LlamaForCausalLM, case: Case, logits: dict[str, Tensor]) -> dic
     found = {name: ((out.double() - reference).norm() / reference.norm()).item() for name, out in logits.items()}
     assert found["lorafx"] <= 1.5 * found["PEFT"], found
     return found
+
+
+def measure(base: LlamaForCausalLM, case: Case, rounds: int = 30) -> dict[str, dict[str, float | None]]:
+    """Of each contender: ``graph_ms``, a CUDA graph of the pass (None where it can't be captured), ``call_ms``, the
+    same called from Python, both medians in milliseconds, and ``distance``, see ``errors``."""
+    steps = contenders(base, case)
+    distances = errors(base, case, {name: step().clone() for name, step in steps.items()})
+    graphs = {}
+    for name, step in steps.items():
+        try:
+            graphs[name] = captured(step).replay
+        except RuntimeError:  # PEFT's mixed batches copy from the host
+            torch.cuda.synchronize()
+    replayed, called = medians(graphs, rounds), medians(steps, rounds // 3)
+    return {
+        name: {"graph_ms": replayed.get(name), "call_ms": called[name], "distance": distances[name]} for name in steps
+    }

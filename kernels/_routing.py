@@ -57,7 +57,6 @@ def entry_of(row, rows, count_ptr):
     return entry
 
 
-
 @triton.jit
 def pairs_of(entry, pairs, slots_ptr, PAIRS: tl.constexpr):
     """How many adapters a routing entry has; they fill its pairs from the left. Without routing 1."""

@@ -60,15 +60,16 @@ def schedule(
     if tokens is not None:  # unknown: the scratch grows with split_k, so only where the tokens are known to be few
         while shrink_m > 16 and tokens // shrink_m < FULL_GPU // 2:
             shrink_m //= 2
-        # the expand reads all partial sums again for each of its column tiles, so they are to be few
-        split_k = max(1, min(8, FULL_GPU // -(-tokens // shrink_m), k // (4 * block_k)))
+        # the expand reads all partial sums again for each of its column tiles: only those of few tokens are many
+        programs = FULL_GPU * (2 if shrink_m == 16 else 1)
+        split_k = max(1, min(8, programs // -(-tokens // shrink_m), k // (4 * block_k)))
     together = power_of_two(len(widths), 1, 4)
     block_r = power_of_two(max_rank, 16, 64 // together)
     chunk = _chunk(k, split_k, block_k)
     return Schedule(
         spans=spans,
         shrink_m=shrink_m,
-        expand_m=min(longest, 32),
+        expand_m=min(longest, 32 if itemsize <= 2 else 64),
         block_r=block_r,
         rank_blocks=min(4, -(-max_rank // block_r)),
         together=together,
@@ -88,9 +89,9 @@ def _single_rows(rows: int | None, k: int, widths: tuple[int, ...], max_rank: in
     token to a tile. The more rows, the larger the programs: these then wait for each other's launch."""
     block_k = power_of_two(k, 32, 256)
     split_k = max(1, min(MAX_SPLIT_K, k // block_k))
-    block_n = 64
+    block_n = 128 if max_rank <= 16 else 64
     if rows is not None:
-        while split_k > 8 and rows * len(widths) * split_k > 12 * FULL_GPU:
+        while split_k > 8 and rows * len(widths) * split_k > 4 * FULL_GPU:
             split_k //= 2
         while block_n < 256 and rows * sum(widths) // block_n > 16 * FULL_GPU:
             block_n *= 2

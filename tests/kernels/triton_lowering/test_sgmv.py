@@ -212,9 +212,7 @@ def test_fused(tokens, bias, scale_tensors):
     biases = [torch.randn(w) if bias and i % 2 == 0 else None for i, w in enumerate(widths)]
     tensors = [torch.tensor(0.5 + i) if scale_tensors and i % 3 else None for i in range(len(widths))]
     moved = [[t if t is None else t.to(KERNEL_DEVICE) for t in ts] for ts in (ys, a, b, biases, tensors)]
-    outs = torch.ops.lorafx.fused_lora(
-        moved[0], x.to(KERNEL_DEVICE), *moved[1:4], scales, moved[4], "triton"
-    )
+    outs = torch.ops.lorafx.fused_lora(moved[0], x.to(KERNEL_DEVICE), *moved[1:4], scales, moved[4], "triton")
     outs = [out.cpu() for out in outs]
     for out, y, a_i, b_i, bias_i, scale, tensor in zip(outs, ys, a, b, biases, scales, tensors, strict=True):
         delta = x.double() @ a_i.double().T @ b_i.double().T + (0 if bias_i is None else bias_i.double())

@@ -1,0 +1,158 @@
+"""LoRA on a GPU at Llama-3-8B's shapes, with one command: ``python -m benchmarks.gpu``.
+
+First part: one group of layers (q,k,v; o; gate,up; down), its base GEMMs alone and with LoRA. Second part: whole
+forward passes of a few layers: the base model compiled, lorafx, PEFT eager and compiled. (Merged weights run as the
+base model does, and are not timed.) What a contender computes is checked before it is timed: kernels against float64,
+models by their distance from PEFT in float64. Times are medians of CUDA events around CUDA graphs that take turns;
+weights are so many that none is found in the L2 cache. Results go to a folder: a plot, and the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def kernel_cases(quick: bool) -> Iterator:
+    from benchmarks.gpu_kernels import GROUPS, MIXED, Case
+
+    shapes = [(1, 1, (16,)), (8, 1, MIXED), (64, 1, (16,) * 8), (1, 512, (16,)), (8, 512, MIXED)]
+    if not quick:
+        shapes += [
+            (1, 1, (8,)),
+            (1, 1, (128,)),
+            (64, 1, (16,) * 64),
+            (1, 128, (16,)),
+            (1, 2048, (16,)),
+            (1, 8192, (16,)),
+        ]
+    for rows, tokens, ranks in shapes:
+        for group in GROUPS:
+            for dtype in (BF16, F32):
+                yield Case(group, rows, tokens, ranks, dtype)
+
+
+def model_cases(quick: bool) -> Iterator:
+    from benchmarks.gpu_kernels import MIXED
+    from benchmarks.gpu_model import ALL, QKV, Case
+
+    yield Case(1, 1, (16,), QKV)
+    yield Case(1, 1, (16,), ALL)
+    yield Case(8, 1, MIXED, ALL)
+    yield Case(1, 512, (16,), ALL)
+    if not quick:
+        yield Case(8, 1, MIXED, QKV)
+        yield Case(1, 1, (16,), ALL, BF16)
+        yield Case(8, 1, MIXED, ALL, BF16)
+        yield Case(8, 1, MIXED, ALL, in_use=0)
+        yield Case(4, 512, MIXED[:4], ALL)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were taken on."""
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "peft")}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **versions,
+    }
+
+
+def show_kernels(quick: bool) -> list[dict]:
+    from benchmarks.gpu_kernels import measure
+
+    found = []
+    print("| group, batch, adapters | base GEMMs | with lorafx | ratio | PEFT's ops, ratio |\n|---|---|---|---|---|")
+    for case in kernel_cases(quick):
+        times = measure(case)
+        torch.cuda.empty_cache()
+        base, ours, theirs = times["base"], times["lorafx"], times.get("branches")
+        peft = "" if theirs is None else f"{theirs / base:.2f}"
+        print(f"| {case} | {base:.1f} us | +{ours - base:.1f} us | {ours / base:.2f} | {peft} |", flush=True)
+        found.append({"case": str(case), **times})
+    return found
+
+
+def show_models(layers: int, quick: bool) -> list[dict]:
+    from benchmarks.gpu_model import LLAMA_8B, make_base, measure
+
+    torch._dynamo.config.recompile_limit = 64  # every contender is another model with the same forward
+    base, found = make_base(layers, LLAMA_8B, "cuda", BF16), []
+    print("\n| forward pass | contender | a layer | ratio | call from Python | distance |\n|---|---|---|---|---|---|")
+    for case in model_cases(quick):
+        torch._dynamo.reset()
+        results = measure(base, case)
+        for name, result in results.items():
+            graph = result["graph_ms"]
+            ratio = "" if graph is None else f"{graph / results['base']['graph_ms']:.3f}"
+            layer = "no CUDA graph" if graph is None else f"{1000 * graph / layers:.1f} us"
+            print(
+                f"| {case} | {name} | {layer} | {ratio} | {result['call_ms']:.2f} ms | {result['distance']:.1e} |",
+                flush=True,
+            )
+        found.append({"case": str(case), "layers": layers, "contenders": results})
+        torch.cuda.empty_cache()
+    return found
+
+
+def plot(results: dict, path: Path) -> None:
+    """Ratios to the base, kernels on the left and models on the right."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 9), layout="constrained")
+    kernels = results["kernels"][::-1]
+    left.barh([k["case"] for k in kernels], [k["lorafx"] / k["base"] for k in kernels])
+    left.set_title("one group of layers with LoRA / its base GEMMs")
+    bars = [
+        (f"{model['case']}: {name}", found["graph_ms"] / model["contenders"]["base"]["graph_ms"], name)
+        for model in results["models"][::-1]
+        for name, found in reversed(model["contenders"].items())
+        if name != "base" and found["graph_ms"] is not None
+    ]
+    right.barh([b[0] for b in bars], [b[1] for b in bars], color=["C0" if b[2] == "lorafx" else "C7" for b in bars])
+    right.set_title("forward pass / the base model's, compiled, CUDA graphs")
+    for axes in (left, right):
+        axes.axvline(1, color="black", linewidth=1)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(f"{results['machine']['gpu']}, {results['machine']['date']}")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models (Llama-3-8B has 32)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.add_argument("--only", choices=("kernels", "models"), help="one of the two parts")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for what is found")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No GPU was found (torch.cuda.is_available() is False): nothing was measured.", file=sys.stderr)
+        return 1
+    warnings.filterwarnings("ignore")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(), "kernels": [], "models": []}
+    print(", ".join(f"{name}: {value}" for name, value in results["machine"].items()), "\n")
+    if options.only != "models":
+        results["kernels"] = show_kernels(options.quick)
+    if options.only != "kernels":
+        results["models"] = show_models(options.layers, options.quick)
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
+    plot(results, options.out / "gpu.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
