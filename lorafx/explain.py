@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafx.backend import GraphRecord, recent
 from lorafx.errors import LorafxError
+from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.branch import Skipped
 from lorafx.passes.record import FusedBranch, FusedGroup
 from lorafx.runtime import Runtime, runtime_of
@@ -168,5 +169,5 @@ def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     for site in runtime.bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
         buckets.setdefault((site.parent, site.in_features), []).append(branch)
-    lowering = runtime.bank.lowering
+    lowering = resolve_lowering(runtime.bank.lowering, runtime.bank.store.storage)
     return [FusedGroup(parent, tuple(branches), lowering, "routed_lora") for (parent, _), branches in buckets.items()]

@@ -19,6 +19,7 @@ import operator
 import torch
 from torch import fx
 
+from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.graph_reading import KEPT_META, example
@@ -98,7 +99,7 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     whole = attach_input(gm, RoutedInput("windows"))
     windows = [gm.graph.call_function(torch.narrow, (whole, 1, *run)) for run in runs]
     x = group.x
-    _record(context, "routed_lora", first.parent, [_site_branch(site) for site in sites])
+    _record(context, "routed_lora", first.parent, x, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
         for site in sites:
             context.record.shapes[site.name] = tuple(_hint(size) for size in value.shape)
@@ -124,7 +125,7 @@ def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     markers = group.markers
     told = [marker.meta["lorafx"] for marker in markers]
     branches = [FusedBranch(one["name"], one["in_features"], one["out_features"]) for one in told]
-    _record(context, "fused_lora", told[0]["parent"], branches)
+    _record(context, "fused_lora", told[0]["parent"], group.x, branches)
     columns = zip(*(marker.args for marker in markers), strict=True)
     ys, _, a, b, biases, scales, scale_tensors = (list(column) for column in columns)
     # a scale that is a number of Python (SymFloat) goes among the floats, one that is a tensor among the tensors
@@ -147,5 +148,7 @@ def _site_branch(site: SiteGeometry) -> FusedBranch:
     return FusedBranch(site.name, site.in_features, site.out_features)
 
 
-def _record(context: PassContext, op: str, parent: str, branches: list[FusedBranch]) -> None:
-    context.record.groups.append(FusedGroup(parent, tuple(branches), context.lowering, op))
+def _record(context: PassContext, op: str, parent: str, x: fx.Node, branches: list[FusedBranch]) -> None:
+    value = example(x)
+    lowering = context.lowering if value is None else resolve_lowering(context.lowering, value)
+    context.record.groups.append(FusedGroup(parent, tuple(branches), lowering, op))
