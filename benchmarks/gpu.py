@@ -71,10 +71,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def show_kernels(quick: bool) -> list[dict]:
+def show_kernels(quick: bool) -> Iterator[dict]:
     from benchmarks.gpu_kernels import measure
 
-    found = []
     print("| group, batch, adapters | base GEMMs | with lorafx | ratio | PEFT's ops, ratio |\n|---|---|---|---|---|")
     for case in kernel_cases(quick):
         times = measure(case)
@@ -82,15 +81,14 @@ def show_kernels(quick: bool) -> list[dict]:
         base, ours, theirs = times["base"], times["lorafx"], times.get("branches")
         peft = "" if theirs is None else f"{theirs / base:.2f}"
         print(f"| {case} | {base:.1f} us | +{ours - base:.1f} us | {ours / base:.2f} | {peft} |", flush=True)
-        found.append({"case": str(case), **times})
-    return found
+        yield {"case": str(case), **times}
 
 
-def show_models(layers: int, quick: bool) -> list[dict]:
+def show_models(layers: int, quick: bool) -> Iterator[dict]:
     from benchmarks.gpu_model import LLAMA_8B, make_base, measure
 
     torch._dynamo.config.recompile_limit = 64  # every contender is another model with the same forward
-    base, found = make_base(layers, LLAMA_8B, "cuda", BF16), []
+    base = make_base(layers, LLAMA_8B, "cuda", BF16)
     print("\n| forward pass | contender | a layer | ratio | call from Python | distance |\n|---|---|---|---|---|---|")
     for case in model_cases(quick):
         torch._dynamo.reset()
@@ -103,9 +101,8 @@ def show_models(layers: int, quick: bool) -> list[dict]:
                 f"| {case} | {name} | {layer} | {ratio} | {result['call_ms']:.2f} ms | {result['distance']:.1e} |",
                 flush=True,
             )
-        found.append({"case": str(case), "layers": layers, "contenders": results})
+        yield {"case": str(case), "layers": layers, "contenders": results}
         torch.cuda.empty_cache()
-    return found
 
 
 def plot(results: dict, path: Path) -> None:
@@ -145,11 +142,14 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(), "kernels": [], "models": []}
     print(", ".join(f"{name}: {value}" for name, value in results["machine"].items()), "\n")
-    if options.only != "models":
-        results["kernels"] = show_kernels(options.quick)
-    if options.only != "kernels":
-        results["models"] = show_models(options.layers, options.quick)
-    (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
+    parts = {
+        "kernels": show_kernels(options.quick) if options.only != "models" else (),
+        "models": show_models(options.layers, options.quick) if options.only != "kernels" else (),
+    }
+    for part, cases in parts.items():
+        for found in cases:
+            results[part].append(found)
+            (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
     plot(results, options.out / "gpu.png")
     return 0
 
