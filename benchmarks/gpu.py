@@ -71,6 +71,16 @@ def machine() -> dict[str, str]:
     }
 
 
+def describe(case) -> dict[str, str]:
+    """A kernel case as the results file and the plot have it."""
+    return {
+        "case": str(case),
+        "group": case.group,
+        "batch": f"{case.rows} x {case.tokens} tokens, {case.adapters}",
+        "adapter_dtype": str(case.adapter_dtype).removeprefix("torch."),
+    }
+
+
 def show_kernels(quick: bool) -> Iterator[dict]:
     from benchmarks.gpu_kernels import measure
 
@@ -81,7 +91,7 @@ def show_kernels(quick: bool) -> Iterator[dict]:
         base, ours, theirs = times["base"], times["lorafx"], times.get("branches")
         peft = "" if theirs is None else f"{theirs / base:.2f}"
         print(f"| {case} | {base:.1f} us | +{ours - base:.1f} us | {ours / base:.2f} | {peft} |", flush=True)
-        yield {"case": str(case), **times}
+        yield {**describe(case), **times}
 
 
 def show_models(layers: int, quick: bool) -> Iterator[dict]:
@@ -106,26 +116,33 @@ def show_models(layers: int, quick: bool) -> Iterator[dict]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Ratios to the base, kernels on the left and models on the right."""
+    """Ratios to the base: forward passes on the left; on the right groups of layers, with float32 adapters."""
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 9), layout="constrained")
-    kernels = results["kernels"][::-1]
-    left.barh([k["case"] for k in kernels], [k["lorafx"] / k["base"] for k in kernels])
-    left.set_title("one group of layers with LoRA / its base GEMMs")
-    bars = [
-        (f"{model['case']}: {name}", found["graph_ms"] / model["contenders"]["base"]["graph_ms"], name)
-        for model in results["models"][::-1]
-        for name, found in reversed(model["contenders"].items())
-        if name != "base" and found["graph_ms"] is not None
-    ]
-    right.barh([b[0] for b in bars], [b[1] for b in bars], color=["C0" if b[2] == "lorafx" else "C7" for b in bars])
-    right.set_title("forward pass / the base model's, compiled, CUDA graphs")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(17, 9), layout="constrained")
+    colors = {"lorafx": "C0", "PEFT": "0.8", "PEFT compiled": "0.55"}
+    passes = results["models"][::-1]
+    for offset, name in zip((0.25, 0, -0.25), colors, strict=True):
+        found = [(i, model["contenders"]) for i, model in enumerate(passes)]
+        timed = [(i, one) for i, one in found if one[name]["graph_ms"] is not None]
+        ratios = [one[name]["graph_ms"] / one["base"]["graph_ms"] for _, one in timed]
+        bars = left.barh([i + offset for i, _ in timed], ratios, 0.25, label=name, color=colors[name])
+        left.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    left.set_yticks(range(len(passes)), [model["case"] for model in passes])
+    left.set_title("time of a forward pass / the base model's, compiled; CUDA graphs")
+
+    kernels = [k for k in results["kernels"][::-1] if k["adapter_dtype"] == "float32"]
+    batches, groups = list(dict.fromkeys(k["batch"] for k in kernels)), list(dict.fromkeys(k["group"] for k in kernels))
+    for j, group in enumerate(groups):
+        ours = {k["batch"]: k["lorafx"] / k["base"] for k in kernels if k["group"] == group}
+        right.barh([i + 0.2 * j - 0.3 for i in range(len(batches))], [ours[b] for b in batches], 0.2, label=group)
+    right.set_yticks(range(len(batches)), batches)
+    right.set_title("base GEMMs of a group with lorafx / without")
     for axes in (left, right):
         axes.axvline(1, color="black", linewidth=1)
-        axes.tick_params(labelsize=7)
-    figure.suptitle(f"{results['machine']['gpu']}, {results['machine']['date']}")
-    figure.savefig(path, dpi=120)
+        axes.legend()
+    figure.suptitle(f"{results['machine']['gpu']}, {results['machine']['date']}, Llama-3-8B's layers, bfloat16 base")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> int:

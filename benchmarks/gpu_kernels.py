@@ -35,10 +35,15 @@ class Case:
     adapter_dtype: torch.dtype
     dtype: torch.dtype = torch.bfloat16
 
+    @property
+    def adapters(self) -> str:
+        low, high = min(self.ranks), max(self.ranks)
+        ranks = f"r {low}" if low == high else f"r {low} to {high}"
+        return ranks if len(self.ranks) == 1 else f"{len(self.ranks)} adapters {ranks}"
+
     def __str__(self) -> str:
-        ranks = f"r {self.ranks[0]}" if len(set(self.ranks)) == 1 else "r 4 to 64"
         dtypes = " x ".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.adapter_dtype))
-        return f"{self.group}, {self.rows} x {self.tokens} tokens, {len(self.ranks)} adapters {ranks}, {dtypes}"
+        return f"{self.group}, {self.rows} x {self.tokens} tokens, {self.adapters}, {dtypes}"
 
 
 @dataclass

@@ -37,7 +37,7 @@ def shrink_kernel(
     RANK_BLOCKS: tl.constexpr,  # programs that share the ranks of a window
     SPANS: tl.constexpr,  # a tile may span rows of the batch
     ALIGNED: tl.constexpr,  # rows of A begin at multiples of 16 bytes
-    UPCAST: tl.constexpr,  # x and A differ in dtype
+    UPCAST: tl.constexpr,  # take x and A as float32
     TERMS: tl.constexpr,  # 2: x is bfloat16, A float32, taken as the sum of two bfloat16
     DOT: tl.constexpr,  # what a dot takes for bfloat16
     PRECISION: tl.constexpr,

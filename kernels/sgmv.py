@@ -163,7 +163,7 @@ def _sgmv(
             TOGETHER=plan.together,
             RANK_BLOCKS=plan.rank_blocks,
             ALIGNED=all(_aligned(t) for t in own_a),
-            UPCAST=not one_dtype,
+            UPCAST=not one_dtype or (INTERPRETED and x.dtype == torch.bfloat16),
             TERMS=2 if (x.dtype, own_a[0].dtype) == (torch.bfloat16, torch.float32) else 1,
             PRECISION=dot_precision(x.device, own_y[0].dtype),
             num_warps=plan.shrink_warps,

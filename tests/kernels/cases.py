@@ -19,8 +19,7 @@ from lorafx.kernels import ops, reference  # noqa: F401  (ops: defines what run(
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 CAN_RUN_KERNELS = INTERPRETED or KERNEL_DEVICE == "cuda"
-# the 16-bit dtypes whose ``tl.dot`` can be relied on: the interpreter's is wrong in bfloat16
-SIXTEEN_BITS = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+SIXTEEN_BITS = [torch.float16, torch.bfloat16]
 
 BOUND = 1e-5  # rel-L2 of the delta: sums are float32 whatever the dtypes
 

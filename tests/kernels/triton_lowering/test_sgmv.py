@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.cases import (
     BASE,
@@ -233,3 +236,57 @@ def test_more_launches_than_pointers(monkeypatch):
         launches.clear()
         make_case(ranks).run("triton")
         assert len(launches) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 4097])
+def test_one_row_and_many(rows):
+    """4097 rows of one token are cut into tiles, of which the last holds one row."""
+    case = make_case((8,), entries=[[(1, 1.0)]], repeats=rows, tokens=(), k=17, widths=(40,))
+    assert_delta(case, case.run("triton"))
+
+
+def test_outputs_are_written_whole(monkeypatch):
+    """Memory that the op takes holds NaN before the kernels run."""
+
+    def poisoned(like_or_shape, **kwargs):
+        made = torch.empty_like if isinstance(like_or_shape, torch.Tensor) else torch.empty
+        return made(like_or_shape, **kwargs).fill_(torch.nan)
+
+    fake_torch = SimpleNamespace(**{**vars(torch), "empty_like": poisoned, "empty": poisoned})
+    monkeypatch.setattr(sgmv, "torch", fake_torch)
+    for tokens in ((), (5,)):
+        case = make_case((8, 0, 3), tokens=tokens, k=600)
+        assert_delta(case, case.run("triton"))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    ranks=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
+    widths=st.lists(st.integers(1, 150), min_size=3, max_size=3),
+    k=st.integers(1, 300),
+    entries=st.lists(
+        st.lists(st.tuples(st.sampled_from([0, 1, 3]), st.sampled_from([1.0, -0.5])), max_size=3),
+        min_size=1,
+        max_size=5,
+    ),
+    repeats=st.integers(1, 3),
+    tokens=st.sampled_from([(), (1,), (2,), (17,), (2, 9)]),
+    dtypes=st.sampled_from([(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)]),
+    bias=st.booleans(),
+    separate_a=st.booleans(),
+)
+def test_whatever_comes(ranks, widths, k, entries, repeats, tokens, dtypes, bias, separate_a):
+    dtype, adapter_dtype = dtypes
+    case = make_case(
+        ranks,
+        widths=widths[: len(ranks)],
+        k=k,
+        entries=entries,
+        repeats=repeats,
+        tokens=tokens,
+        dtype=dtype,
+        adapter_dtype=adapter_dtype,
+        bias=bias,
+        separate_a=separate_a,
+    )
+    assert_delta(case, case.run("triton"), bound=1e-5 if dtype == torch.float32 else 1e-4)
