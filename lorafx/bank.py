@@ -361,10 +361,16 @@ class AdapterBank:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Alone with the bank: forwards are waited for, Ctrl-C waits. What is made outlives inference mode."""
+        """Alone with the bank: forwards are waited for, Ctrl-C waits. What is made outlives inference mode.
+
+        On a GPU, what forwards have launched is waited for too, and they for what is written: threads may use streams
+        of their own, which nothing else puts in order.
+        """
         with self._lock.writing(), uninterrupted(), torch.inference_mode(False), torch.no_grad():
+            _finish_launched(self.store.storage.device)
             try:
                 yield
+                _finish_launched(self.store.storage.device)
             finally:
                 self._routings = {}
 
@@ -573,6 +579,12 @@ def warn_once(message: str, seen: set[str] = set()) -> None:  # noqa: B006  (the
     if message not in seen:
         seen.add(message)
         warnings.warn(message, stacklevel=3)
+
+
+def _finish_launched(device: torch.device) -> None:
+    """Wait for all streams of a GPU."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
 
 
 def as_mapping(adapters: Any) -> Mapping[str, Any]:

@@ -181,20 +181,24 @@ def test_captured_by_hand(folders):
     assert_close(out, logits(peft(folders, one="again"), ids), 1e-5)
 
 
-def test_threads(folders):
+@pytest.mark.parametrize("streams", [False, True], ids=["one stream", "a stream each"])
+def test_threads(streams, folders):
     """Four threads, each with names of its own, while an adapter is replaced: old or new, never a mix."""
     model = lorafx.compile(llama(), {name: folders[name] for name in CONFIGS})
     ids, lists = tokens(5, 3), [NAMES[i:] + NAMES[:i] for i in range(4)]
     before, after = peft(folders), peft(folders, one="again")
     want = [(logits(before, ids, names), logits(after, ids, names)) for names in lists]
     logits(model, ids)
+    torch.cuda.synchronize()  # the threads' streams wait for nothing
     wrong: list[str] = []
 
     def work(i: int) -> None:
-        for _ in range(40):
-            got = logits(model, ids, lists[i])
-            if not any((got - w).norm() <= 1e-5 * w.norm() for w in want[i]):
-                wrong.append(f"thread {i}")
+        stream = torch.cuda.Stream() if streams else torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            for _ in range(40):
+                got = logits(model, ids, lists[i])
+                if not any((got - w).norm() <= 1e-5 * w.norm() for w in want[i]):
+                    wrong.append(f"thread {i}")
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
