@@ -53,7 +53,14 @@ CALLS = {"tl.max": "tl.min", "tl.minimum": "tl.maximum", "low_part": "high_part"
 POINTER = re.compile(r"_(ptr|rows|columns|lanes)\b")  # an address without its pointer fails at once, and shows nothing
 
 # Mutated statement -> why no test can tell it from the kernel.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT = {
+    "first_entry = entry_of(first * row_tokens if SPANS else row, rows, count_ptr)": (
+        "a tile spans rows only where a row is one token, so row_tokens is 1"
+    ),
+    "rank = tl.where(sibling <= SIBLINGS, pick(sibling, RANKS, tl.int32), 0)": (
+        "past the last sibling a lane has the first one's pointer, lanes and rank: the same numbers are stored twice"
+    ),
+}
 
 # Every run of the tests checks first that they import the copy and not the checkout; then it puts FIRST in front.
 CONFTEST = f"""

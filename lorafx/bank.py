@@ -223,12 +223,13 @@ class AdapterBank:
         """Kept, since one selection often serves many calls; under the lock, since a change of the bank forgets it."""
         made = self._routings.get(selection)
         if made is None:
-            try:  # each different row once: a batch of many rows names few
-                pairs = {row: tuple([(self._slots[name], weight) for name, weight in row]) for row in {*selection}}
+            own = {id(row): row for row in selection}  # normalize made equal rows one object: no tuple to hash
+            try:
+                pairs = {key: tuple([(self._slots[name], weight) for name, weight in row]) for key, row in own.items()}
             except KeyError:
                 self._known(selection)
                 raise
-            made = make_routing([pairs[row] for row in selection], self.store.storage.device)
+            made = make_routing([pairs[id(row)] for row in selection], self.store.storage.device)
             if len(self._routings) >= ROUTINGS_KEPT:
                 self._routings = {}
             self._routings[selection] = made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
 from lorafx.routing import MAX_PAIRS
-from lorafx.selection import NOTHING, names_in
+from lorafx.selection import NOTHING, Selection, names_in
 from lorafx.store import PackedStore
 
 if TYPE_CHECKING:
@@ -39,17 +38,17 @@ class Follower:
         self._without: list[str] = []  # PEFT's adapters that are on no layer of ours
         self._anchor: tuple[PackedStore | None, dict[str, Any]] = None, {}  # parameters that say where the model is
 
-    def follow(self, names: Iterable[str] | None = None) -> None:
-        """``names``: adapters that the call to come may use, besides those in use; None: any.
+    def follow(self, selection: Selection | None = None) -> None:
+        """``selection``: adapters that the call to come may use, besides those in use; None: any.
 
         Read under the lock of the forwards, so that nothing is seen of a change of the bank that is under way.
         """
         bank = self.runtime.bank
         with bank.reading():
-            if self.holds(names):
+            if self.holds(selection):
                 return
         with bank._changing():
-            if not self.holds(names):
+            if not self.holds(selection):
                 self.bring_up()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,13 +61,15 @@ class Follower:
         """What PEFT has set up for the call under way is something that the fused ops can do."""
         return self.uncompiled is None and not peft_layers.hooked_by_name(self.runtime.peft)
 
-    def holds(self, names: Iterable[str] | None) -> bool:
+    def holds(self, selection: Selection | None) -> bool:
         runtime = self.runtime
         if not self._in_place():
             return False
         if self._state is None:
             return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
-        used = runtime.bank._slots if names is None else {*names, *names_in(runtime.bank.in_use)}
+        used = runtime.bank._slots
+        if selection is not None:
+            used = {*names_in(selection), *names_in(runtime.bank.in_use)}
         return self._state.switches_hold() and self._state.adapters_hold(used)
 
     def _in_place(self) -> bool:

@@ -180,7 +180,7 @@ class Runtime:
         AdapterMismatchError: an unknown name, or not one name for each row
         """
         selection = normalize(names)
-        self.follower.follow(names_in(selection))
+        self.follower.follow(selection)
         self._guard_use(selection)
         batch = self.batch_of(args, kwargs or {})
         if isinstance(names, (list, tuple)) and batch is not None and len(names) != batch:

@@ -26,7 +26,11 @@ def normalize(choice: Choice) -> Selection:
     if isinstance(choice, Sequence):
         if not choice:
             raise AdapterMismatchError("got an empty list of adapter names; expected one for each row of the batch")
-        return tuple(_row(item) for item in choice)
+        try:  # a batch of many rows names few: equal items become one object
+            rows = {item: _row(item) for item in {*choice}}
+        except TypeError:  # a dict among them
+            return tuple(_row(item) for item in choice)
+        return tuple(map(rows.__getitem__, choice))
     raise AdapterMismatchError(
         f"got {type(choice).__name__} for an adapter; expected a name, None, a dict name -> weight, or a list of these"
     )

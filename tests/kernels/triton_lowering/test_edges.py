@@ -99,3 +99,15 @@ def test_nothing_beside_a_tensor_is_touched(tokens, repeats, few_rows, last, tak
     for tensor in tensors:
         left = left[(left < tensor.data_ptr()) | (left >= tensor.data_ptr() + tensor.nbytes)]
     assert not len(left), f"{len(left)} addresses beside the tensors were touched"
+
+
+@pytest.mark.parametrize("tokens", [(), (5,)], ids=["decode", "prefill"])
+def test_bias_in_the_first_row(tokens):
+    """Only a negative row means that there is no bias."""
+    case = make_case(entries=[[(0, 1.0)]] * 2, bias=True, tokens=tokens)
+    windows = case.windows.clone()
+    for i, b in enumerate(case.b):
+        b[0] = b[windows[0, i, 2]]
+        windows[0, i, 2] = 0
+    case = replace(case, windows=windows)
+    assert_delta(case, case.run("triton"))
