@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, first_token, high_part, last_token, low_part, pairs_of, pick, pick_ptr
+from lorafx.kernels._routing import (
+    entry_of,
+    first_token,
+    high_part,
+    last_token,
+    low_part,
+    pairs_of,
+    pick,
+    pick_ptr,
+    row_of,
+)
 
 
 @triton.jit
@@ -53,16 +63,16 @@ def expand_kernel(
     DOT: tl.constexpr,  # what a dot takes for bfloat16
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, rows, column tiles of all siblings); rows is 1 where a tile may span them."""
+    """Grid: (token tiles, row after row, column tiles of all siblings)."""
     SIBLINGS: tl.constexpr = len(WIDTHS)
-    column_tile = tl.program_id(2)
+    column_tile = tl.program_id(1)
     sibling = 0
     for i in tl.static_range(1, SIBLINGS):
         sibling += (column_tile >= FIRST_TILES[i]).to(tl.int32)
     width = pick(sibling, WIDTHS, tl.int32)
     n = (column_tile - pick(sibling, FIRST_TILES, tl.int32)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
 
-    row = tl.program_id(1)
+    row = row_of(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
     first = first_token(tl.program_id(0), row, row_tokens, BLOCK_M, SPANS)
     last = last_token(first, row, tokens, row_tokens, BLOCK_M, SPANS)
     m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits

@@ -32,11 +32,22 @@ def pick_ptr(sibling, ptr0, ptr1, ptr2, ptr3, SIBLINGS: tl.constexpr):
 
 
 @triton.jit
+def row_of(tile, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
+    """The row of the batch that a tile belongs to, 0 where a tile may span rows."""
+    if SPANS:
+        row = tile * 0
+    else:
+        row = tile // tl.cdiv(row_tokens, BLOCK_M)
+    return row
+
+
+@triton.jit
 def first_token(tile, row, row_tokens, BLOCK_M: tl.constexpr, SPANS: tl.constexpr):
-    """The first token of a tile: of all tokens where a tile may span rows of the batch, else of those of a row."""
-    first = tile * BLOCK_M
-    if not SPANS:
-        first += row * row_tokens
+    """The first token of a tile: of all tokens where a tile may span rows of the batch, else of those of its row."""
+    if SPANS:
+        first = tile * BLOCK_M
+    else:
+        first = row * row_tokens + tile % tl.cdiv(row_tokens, BLOCK_M) * BLOCK_M
     return first
 
 

@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from lorafx.kernels._routing import entry_of, first_token, high_part, last_token, low_part, pairs_of, pick, pick_ptr
+from lorafx.kernels._routing import (
+    entry_of,
+    first_token,
+    high_part,
+    last_token,
+    low_part,
+    pairs_of,
+    pick,
+    pick_ptr,
+    row_of,
+)
 
 
 @triton.jit
@@ -42,12 +52,12 @@ def shrink_kernel(
     DOT: tl.constexpr,  # what a dot takes for bfloat16
     PRECISION: tl.constexpr,
 ):
-    """Grid: (token tiles, rows, sibling blocks * RANK_BLOCKS * SPLIT_K); rows is 1 where a tile may span them."""
+    """Grid: (token tiles, row after row, sibling blocks * RANK_BLOCKS * SPLIT_K)."""
     SIBLINGS: tl.constexpr = len(FIRST_LANES)
     lane = tl.arange(0, TOGETHER * BLOCK_R)  # [L]: block after block of BLOCK_R lanes, one for each sibling
     SPLIT_K: tl.constexpr = (K + CHUNK - 1) // CHUNK
-    split = tl.program_id(2) % SPLIT_K
-    block = tl.program_id(2) // SPLIT_K
+    split = tl.program_id(1) % SPLIT_K
+    block = tl.program_id(1) // SPLIT_K
     first_sibling = block // RANK_BLOCKS * TOGETHER
     sibling = first_sibling + lane // BLOCK_R  # [L]
     first_rank = block % RANK_BLOCKS * BLOCK_R
@@ -56,7 +66,7 @@ def shrink_kernel(
         a_ptr = tl.multiple_of(a_ptr, 16)  # the compiler forgets it, and would load two bytes at a time
     first_lane = pick(sibling, FIRST_LANES)  # [L]
 
-    row = tl.program_id(1)
+    row = row_of(tl.program_id(0), row_tokens, BLOCK_M, SPANS)
     first = first_token(tl.program_id(0), row, row_tokens, BLOCK_M, SPANS)
     last = last_token(first, row, tokens, row_tokens, BLOCK_M, SPANS)
     m = tl.arange(0, BLOCK_M)  # [M]; offsets within a tile fit 32 bits

@@ -135,6 +135,7 @@ def _sgmv(
         plan = schedule(
             _known(rows), _known(row_tokens), k, widths, max(ranks), itemsize=x.dtype.itemsize if one_dtype else 4
         )
+        # rows on the first axis of the grid, the only one that takes more than 65,535
         tiled, tile_rows = (tokens, 1) if plan.spans else (row_tokens, rows)
         scratch = torch.empty((plan.split_k, tokens, lanes), dtype=torch.float32, device=x.device)
         absent = [None] * (MAX_SIBLINGS - size)
@@ -153,7 +154,7 @@ def _sgmv(
         }
         # Behind the base GEMMs: before them, Inductor stores the x that both read twice.
         blocks = -(-size // plan.together) * plan.rank_blocks * plan.split_k
-        wrap_triton(shrink_kernel)[(-(-tiled // plan.shrink_m), tile_rows, blocks)](
+        wrap_triton(shrink_kernel)[(-(-tiled // plan.shrink_m) * tile_rows, blocks)](
             x, *own_a, *absent, ys_here[-1], scratch, slots, windows, count, *sizes,
             K=k,
             BLOCK_M=plan.shrink_m,
@@ -170,7 +171,7 @@ def _sgmv(
             num_stages=plan.shrink_stages,
             **shared,
         )  # fmt: skip
-        wrap_triton(expand_kernel)[(-(-tiled // plan.expand_m), tile_rows, column_tiles)](
+        wrap_triton(expand_kernel)[(-(-tiled // plan.expand_m) * tile_rows, column_tiles)](
             *ys_here, *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
             scratch, slots, weights, windows, scale, count, *sizes,
             WIDTHS=widths,

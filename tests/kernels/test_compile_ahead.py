@@ -103,3 +103,15 @@ def test_cpu_tensors_need_the_interpreter():
         make_case().run("triton")
     with pytest.raises(UnsupportedModelError, match=r'lowering="aten"'):
         make_case().run("triton")
+
+
+def test_more_rows_than_a_grid_has_columns():
+    """Of a grid's axes only the first takes more than 65,535."""
+    case = make_case((4,), widths=(32,), k=32, tokens=(2,), poison="none")
+    args = [meta(v) for v in case.args()]
+    del args[8]
+    args[0] = [torch.empty(70_000, 2, 32, device="meta")]
+    args[1] = torch.empty(70_000, 2, 32, device="meta")
+    for launch in launches_of(lambda: sgmv._sgmv(*args, [], []), "sm_90"):
+        assert launch.grid[0] >= 70_000
+        assert all(size <= 65_535 for size in launch.grid[1:])
