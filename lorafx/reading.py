@@ -10,7 +10,7 @@ import copy
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
+from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.inferred_config import config_of_shapes
 from lorafx.packing import Layout
@@ -32,6 +33,7 @@ from lorafx.tensor_files import TensorSet
 PLANS_KEPT = 64
 # The fields of a config that make no difference to which layers it adapts, with which ranks and scales.
 INDIFFERENT = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout"}
+PREFIX = "base_model.model."  # of the names that PEFT's save_pretrained writes
 LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
@@ -116,6 +118,7 @@ class AdapterReader:
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
             loaded = load_onto(name, self._skeleton(), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
+            _check_prefixes(name, tensors.shapes)
             if plan is None:
                 return None, {path: site.shape for path, site in weights_on(loaded).items()}
             with self._looking:
@@ -202,6 +205,18 @@ def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
     if isinstance(base, nn.Embedding):
         return False
     return _get_in_out_features(base) == (shape.in_features, shape.out_features)
+
+
+def _check_prefixes(name: str, keys: Iterable[str]) -> None:
+    """PEFT's loader takes names with its prefix, or without, as they come; but a PeftModel leaves the layers of those
+    without it at random values, and warns. All of one kind say what is meant, a mixture does not."""
+    weights = [key for key in keys if ".lora_" in key]
+    without = [key for key in weights if not key.startswith(PREFIX)]
+    if 0 < len(without) < len(weights):
+        raise AdapterFormatError(
+            f"adapter {name!r}: {len(without)} of its {len(weights)} names, for example {show(without[0])}, lack the"
+            f" prefix {PREFIX!r} that the others have. Expected all with it, as save_pretrained writes them, or none."
+        )
 
 
 def _check_scales(name: str, sites: Mapping[str, SiteShape]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +20,7 @@ import lorafx
 from lorafx import plans, reading, skeletons
 from lorafx.reading import AdapterReader
 
-from .models import FAMILIES, LLAMA, save_adapter, with_peft
+from .models import FAMILIES, LLAMA, save_adapter, save_adapters, with_peft
 
 KINDS = {
     "qkv": {"target_modules": list(LLAMA.qkv)},
@@ -352,3 +353,22 @@ def test_weights_packed_by_hand_are_looked_at_too(tmp_path):
         model.lora.replace("a", bad)
     assert torch.equal(model.lora.store.storage, before)
     model.lora.replace("a", good)
+
+
+def test_names_with_peft_s_prefix_or_without_but_no_mixture(tmp_path):
+    """A PeftModel would leave the layers of names without the prefix at random values."""
+    folder = save_adapters(LLAMA, tmp_path, one={"target_modules": ["q_proj", "up_proj"]})["one"]
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    config = LoraConfig.from_pretrained(folder)
+    reader = AdapterReader(LLAMA.build(), torch.float32)
+    whole = reader.open("whole", (tensors, config)).read()
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    without = reader.open("without", (bare, config)).read()
+    for path, site in whole.sites.items():
+        assert torch.equal(site.a, without.sites[path].a)
+        assert torch.equal(site.b, without.sites[path].b)
+    for key in tensors:
+        mixed = {other: tensor for other, tensor in tensors.items() if other != key}
+        mixed[key.removeprefix("base_model.model.")] = tensors[key]
+        with pytest.raises(lorafx.AdapterFormatError, match=r"1 of its 8 names.*lack the prefix"):
+            reader.open("mixed", (mixed, config))
