@@ -167,7 +167,10 @@ def main() -> int:
         for found in cases:
             results[part].append(found)
             (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
-    plot(results, options.out / "gpu.png")
+    try:
+        plot(results, options.out / "gpu.png")
+    except ImportError as error:
+        print(f"no plot: {error}; pip install 'lorafx[benchmarks]' brings what draws it", file=sys.stderr)
     return 0
 
 
