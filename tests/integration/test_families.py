@@ -151,6 +151,7 @@ def test_groups_before_the_first_call_are_said_to_be_from_modules(tmp_path):
 def test_groups_and_node_counts(case):
     report = lorafx.explain(case.model)
     assert report.source == "graphs"
+    assert {group.lowering for group in report.groups} == {"aten"}  # what "auto" chose
     after = assert_fused(report, case.groups, adapted_layers(case.reference), "lorafx.routed_lora")
     plain = ops_of(case.base, case.inputs)
     for op in ("linear", "addmm", "matmul", "bmm", "conv2d", "scaled_dot_product_attention"):

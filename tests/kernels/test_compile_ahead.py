@@ -87,15 +87,20 @@ def test_without_routing():
     ],
 )
 def test_resources(target, variant):
-    """Nothing spills, several programs fit on a multiprocessor, and 16-bit prefills use its matrix units."""
+    """Nothing spills, several programs fit on a multiprocessor, NVIDIA's loads are wide, 16-bit prefills use matrix
+    units, those in bfloat16 not as TF32, which takes three products and more."""
     for launch in launches_of(variant.call, target):
         found = resources_of(target, launch.compile(target))
         name = launch.kernel.__name__
         assert found.spilled <= SPILLED.get((target, name, str(variant)), 0), f"{name} spills: {found}"
         least = 1 if (target, name) in ONE_PROGRAM else PROGRAMS
         assert found.programs >= least, f"{name} is too large: {found}"
+        if target.startswith("sm_"):
+            assert found.wide_loads, f"{name} has no 128-bit loads: {found}"
         if variant.wants_matrix_instructions:
             assert found.matrix, f"{name} has no matrix instructions: {found}"
+            if variant.dtype == torch.bfloat16 and target.startswith("sm_"):
+                assert not any("TF32" in kind for kind in found.matrix), f"{name}: {found}"
 
 
 def test_cpu_tensors_need_the_interpreter():
