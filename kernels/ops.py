@@ -6,7 +6,7 @@
 ``lorafx::fused_lora``   one group of branches found in a graph, weights taken as they stand there, one adapter
 
 The two fused ops are composite: tracing decomposes them into the lowering that was chosen, so Inductor fuses what it
-can, and gradients come from the pieces. ``lowering`` is ``"auto"`` (by device), ``"aten"``, ``"triton"`` or
+can, and gradients come from the pieces. ``lowering`` is ``"auto"`` (by device), ``"cpp"``, ``"aten"``, ``"triton"`` or
 ``"reference"``.
 
 One running example: hidden size 8, q (8 wide) and v (4 wide) adapted, slot 0 holds ranks (q 2, v 1), slot 1 holds
@@ -25,6 +25,9 @@ ranks (q 3, no v), room for 6 rank rows in q and 2 in v:
 A LoRA bias (PEFT's ``lora_bias``) is a further row at the end of ``b[i]``, whose rank activation is 1 by definition; it
 has an entry of its own in ``owner``, which so holds ``sum(len(b[i]))`` entries, sibling after sibling.
 
+``layers`` are the siblings' own weights ``[out, in]``, where a pass has folded them into the op (``biases``: theirs,
+one for each or none at all). There is no ``ys`` then: it is ``x @ layers[i].T + biases[i]``.
+
 ``spread`` is what ``lorafx::row_weights`` made of the routing, once for all groups of a graph; only the ATen lowering
 reads it, and makes it itself where it is not given.
 """
@@ -35,10 +38,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lorafx.kernels import aten, reference
+from lorafx.kernels import aten, cpp, reference
 
-LOWERINGS = ("auto", "aten", "triton", "reference")
+LOWERINGS = ("auto", "cpp", "aten", "triton", "reference")
 
 _library = torch.library.Library("lorafx", "DEF")
 _library.define("site(Tensor y, Tensor x, int bank, int site) -> Tensor")
@@ -47,7 +51,12 @@ _library.define(
 )
 _library.define(
     "routed_lora(Tensor[] ys, Tensor x, Tensor[] a, Tensor[] b, int[] caps, Tensor slots, Tensor weights, Tensor count,"
-    " Tensor owner, Tensor scale, Tensor windows, Tensor? spread, str lowering) -> Tensor[]"
+    " Tensor owner, Tensor scale, Tensor windows, Tensor? spread, str lowering, Tensor[]? layers=None,"
+    " Tensor[]? biases=None) -> Tensor[]"
+)
+_library.define(
+    "routed_cpp(Tensor[] ys, Tensor[] layers, Tensor[] biases, Tensor x, Tensor[] a, Tensor[] b, int[] caps,"
+    " Tensor slots, Tensor weights, Tensor count, Tensor scale, Tensor windows) -> Tensor[]"
 )
 _library.define("row_weights(Tensor x, Tensor slots, Tensor weights, Tensor count, Tensor windows) -> Tensor")
 _library.define(
@@ -57,11 +66,22 @@ _library.define(
 
 
 def resolve_lowering(lowering: str, x: Tensor, *others: Tensor) -> str:
-    """``"auto"`` by the device of ``x``: Triton where it has a compiler, ATen elsewhere and in double precision."""
+    """What is to be done for these tensors: a lowering other than ``"auto"``.
+
+    ``"auto"`` is Triton on a GPU, C++ on a CPU, and ATen elsewhere or where C++ can't be compiled. In double precision
+    it is ATen, whatever was asked for: the kernels' sums are float32.
+
+    UnsupportedModelError: ``"cpp"`` was asked for, and can't be compiled
+    """
     if lowering == "auto":
-        lowering = "triton" if x.device.type in ("cuda", "xpu") else "aten"
-    if lowering == "triton" and aten.accumulator(x, *others) == torch.float64:  # the kernels' sums are float32
+        if x.device.type in ("cuda", "xpu"):
+            lowering = "triton"
+        else:
+            lowering = "cpp" if cpp.takes(x, *others) and cpp.is_built() else "aten"
+    if lowering in ("triton", "cpp") and aten.accumulator(x, *others) == torch.float64:
         return "aten"
+    if lowering == "cpp":
+        cpp.check_built()
     return lowering
 
 
@@ -79,9 +99,18 @@ def _routed_lora(
     windows: Tensor,
     spread: Tensor | None,
     lowering: str,
+    layers: list[Tensor] | None = None,
+    biases: list[Tensor] | None = None,
 ) -> list[Tensor]:
+    layers, biases = layers or [], biases or []
     lowering = resolve_lowering(lowering, x, *ys, *a, *b)
-    if lowering == "aten" or _needs_grad(x, *ys, *a, *b):
+    if _needs_grad(x, *ys, *a, *b, *layers, *biases):
+        lowering = "aten"
+    if lowering == "cpp" and all(y.dtype == x.dtype for y in ys):
+        return cpp.routed_lora(ys, x, a, b, caps, slots, weights, count, scale, windows, layers, biases)
+    if layers:
+        ys = [F.linear(x, w, c) for w, c in zip(layers, biases or [None] * len(layers), strict=True)]
+    if lowering in ("aten", "cpp"):
         if spread is None:
             spread = aten.row_weights(x, slots, weights, count, windows)
         return aten.routed_lora(ys, x, a, b, caps, owner, scale, spread)
@@ -104,7 +133,7 @@ def _fused_lora(
 ) -> list[Tensor]:
     lowering = resolve_lowering(lowering, x, *ys, *a, *b)
     tensors = [t for t in (*biases, *scale_tensors) if t is not None]
-    if lowering == "aten" or _needs_grad(x, *ys, *a, *b, *tensors):
+    if lowering in ("aten", "cpp") or _needs_grad(x, *ys, *a, *b, *tensors):
         return aten.fused_lora(ys, x, a, b, biases, scales, scale_tensors)
     if lowering == "triton":
         from lorafx.kernels import sgmv  # needs Triton, which is not on every machine
@@ -151,6 +180,13 @@ def _needs_grad(*tensors: Tensor) -> bool:
 _library.impl("row_weights", aten.row_weights, "CompositeImplicitAutograd")
 _library.impl("routed_lora", _routed_lora, "CompositeImplicitAutograd")
 _library.impl("fused_lora", _fused_lora, "CompositeImplicitAutograd")
+
+
+def _routed_cpp_fake(ys, layers, biases, x, a, b, *rest):
+    return [x.new_empty((*x.shape[:-1], rows.shape[1])) for rows in b]
+
+
+torch.library.register_fake("lorafx::routed_cpp", _routed_cpp_fake, lib=_library)
 
 
 @torch.library.custom_op("lorafx::routed_reference", mutates_args=())

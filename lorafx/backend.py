@@ -34,6 +34,7 @@ class Options:
     """``options`` of ``lorafx.compile``: what is ours, and what goes on to Inductor."""
 
     lowering: str = "auto"
+    fold: bool = True
     inductor: bool = True
     patches: dict[str, Any] | None = None
 
@@ -44,8 +45,7 @@ class Options:
         lowering = rest.pop("lowering", "auto")
         if lowering not in LOWERINGS:
             raise LorafxError(f"got lowering {lowering!r}; expected one of {', '.join(LOWERINGS)}")
-        if rest.pop("fold", False):
-            raise LorafxError("options={'fold': True} is not there yet; leave it out")
+        fold = bool(rest.pop("fold", True))
         inductor = bool(rest.pop("inductor", True))
         if mode in (None, "default", "eager"):
             patches = {}
@@ -62,7 +62,7 @@ class Options:
                 " torch._inductor.list_options() lists Inductor's"
             )
         patches.update({key.replace("-", "_"): value for key, value in rest.items()})
-        return cls(lowering, inductor, patches)
+        return cls(lowering, fold, inductor, patches)
 
 
 @dataclass
@@ -88,7 +88,7 @@ def compile_graph(
     keep: Callable[[GraphRecord], None] = recent.append,
 ) -> Callable[..., Any]:
     """What Dynamo calls a backend: ``gm`` rewritten and compiled, to be called as ``gm`` is."""
-    context = PassContext(lowering=options.lowering)
+    context = PassContext(lowering=options.lowering, fold=options.fold)
     if bank is not None:
         context.bank_key, context.sites = bank.key, bank.store.geometry
     rewritten = _copy_graph(gm)

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import lorafx.kernels.ops  # noqa: F401  (defines the ops that the passes look for and put)
 from lorafx.passes.clean_up import clean_up
 from lorafx.passes.context import PassContext, SiteGeometry
+from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import FusedBranch, FusedGroup, PassRecord, count_ops
@@ -25,6 +26,7 @@ log = logging.getLogger("lorafx.passes")
 PASSES = (
     mark_branches,  # branches -> lorafx.branch
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
+    fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     share_routing,  # one lorafx.row_weights for all groups
     clean_up,
 )

@@ -2,8 +2,8 @@
 
 They are placeholders behind all others, so whoever calls the graph appends them; Dynamo never sees them and so guards
 on nothing in them. The weights are one input, read through constant windows. Of the tables each group gets its own
-part: with an offset into a whole table inside it, the C++ that Inductor makes would differ from layer to layer, and be
-compiled as often.
+part where Inductor makes the C++ that reads them: with an offset into a whole table inside it, that C++ would differ
+from layer to layer, and be compiled as often.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY = "lorafx_input"
 
 @dataclass(frozen=True)
 class RoutedInput:
-    """What a placeholder stands for: one of ROUTING, ``storage``, ``windows``, or a part of ``owner`` or ``scale``.
+    """What a placeholder stands for: one of ROUTING, or ``storage``, ``windows``, ``owner``, ``scale``, or a part.
 
     start, length: lanes of ``owner``, columns of ``scale``
     """

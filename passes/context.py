@@ -30,9 +30,11 @@ class SiteGeometry:
 
 @dataclass
 class PassContext:
-    """One compilation: options in, record out. ``bank_key`` is the number that this bank's markers carry."""
+    """One compilation: options in, record out. ``fold``: layers may be folded into the op that adapts them;
+    ``bank_key`` is the number that this bank's markers carry."""
 
     lowering: str = "auto"
     bank_key: int | None = None
     sites: Sequence[SiteGeometry] = ()
+    fold: bool = True
     record: PassRecord = field(default_factory=PassRecord)

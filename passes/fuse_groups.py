@@ -68,6 +68,8 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     # in the order of the storage, so that the A's of the group are one matrix
     group.markers.sort(key=lambda marker: context.sites[marker.args[3]].column)
     sites = [context.sites[marker.args[3]] for marker in group.markers]
+    # an op that Inductor does not look into needs no inputs of its own: few inputs make short calls
+    opaque = example(group.x) is not None and resolve_lowering(context.lowering, example(group.x)) == "cpp"
     adjacent = all(
         left.a_offset + left.capacity * left.in_features == right.a_offset
         and left.lane + left.lanes == right.lane
@@ -82,10 +84,15 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     def joined(parts: list[fx.Node], dim: int) -> fx.Node:
         return parts[0] if len(parts) == 1 else gm.graph.call_function(torch.cat, (parts, dim))
 
+    def narrow(name: str, dim: int, run: tuple[int, int]) -> fx.Node:
+        return gm.graph.call_function(torch.narrow, (attach_input(gm, RoutedInput(name)), dim, *run))
+
     def table(name: str, dim: int, runs: list[tuple[int, int]]) -> fx.Node:
         """These runs (start, length) of a table, as one tensor."""
         if adjacent:
             runs = [(runs[0][0], sum(length for _, length in runs))]
+        if opaque:
+            return joined([narrow(name, dim, run) for run in runs], dim)
         return joined([attach_input(gm, RoutedInput(name, *run)) for run in runs], dim)
 
     first = sites[0]
@@ -96,8 +103,7 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     b = [window(site.b_offset, site.lanes, site.out_features) for site in sites]
     columns = [(site.column, 1) for site in sites]
     runs = [(first.column, len(sites))] if adjacent else columns
-    whole = attach_input(gm, RoutedInput("windows"))
-    windows = [gm.graph.call_function(torch.narrow, (whole, 1, *run)) for run in runs]
+    windows = [narrow("windows", 1, run) for run in runs]
     x = group.x
     _record(context, "routed_lora", first.parent, x, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:

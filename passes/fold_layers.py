@@ -1,0 +1,66 @@
+"""Folds the siblings' own layers into the fused op, where the lowering is C++, which then writes each output once.
+
+    q0 = linear(x, Wq)                                              q, k = lorafx.routed_lora([], x, ..., [Wq, Wk], [])
+    k0 = linear(x, Wk)                                      ->
+    q, k = lorafx.routed_lora([q0, k0], x, ..., "cpp", None, None)
+
+All of a group's layers or none: each a linear layer of the same ``x`` and dtype, whose output nobody else reads, with
+biases on all or on none.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lorafx.kernels.ops import resolve_lowering
+from lorafx.passes.context import PassContext
+from lorafx.passes.graph_reading import example
+from lorafx.passes.linear_layers import Linear, as_linear
+from lorafx.passes.memory import Timeline
+from lorafx.passes.share_routing import LOWERING, ROUTED, X
+
+YS = 0
+
+
+def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
+    """Returns how many layers were folded."""
+    if not context.fold:
+        return 0
+    timeline = Timeline(gm.graph)
+    folded = 0
+    for node in gm.graph.find_nodes(op="call_function", target=ROUTED):
+        x = example(node.args[X])
+        if x is None or resolve_lowering(node.args[LOWERING], x) != "cpp":
+            continue
+        layers = find_layers(gm, timeline, node)
+        if layers is None:
+            continue
+        weights = [layer.weight.node for layer in layers]
+        biases = [layer.bias.node for layer in layers if layer.bias is not None]
+        node.args = ([], *node.args[1 : LOWERING + 1], weights, biases)
+        folded += len(layers)
+    return folded
+
+
+def find_layers(gm: fx.GraphModule, timeline: Timeline, node: fx.Node) -> list[Linear] | None:
+    """What computed the base outputs that ``node`` takes, if all of it can be folded."""
+    layers = [_layer(gm, timeline, node, y) for y in node.args[YS]]
+    if None in layers or len({layer.bias is None for layer in layers}) != 1:
+        return None
+    return layers
+
+
+def _layer(gm: fx.GraphModule, timeline: Timeline, node: fx.Node, y: fx.Node) -> Linear | None:
+    layer = as_linear(gm, y)
+    if layer is None or layer.x is not node.args[X] or set(y.users) != {node}:
+        return None
+    parts = [part for part in (layer.weight, layer.bias) if part is not None]
+    if layer.weight.transposed or any(part.node is None or part.node not in y.all_input_nodes for part in parts):
+        return None  # transposed, of a called module, or behind a cast
+    read = [layer.x, *(part.node for part in parts)]
+    values = [example(value) for value in (y, *read)]
+    if any(value is None for value in values) or len({value.dtype for value in values}) != 1:
+        return None  # autocast, or unknown
+    if example(layer.weight.node).stride(1) != 1:
+        return None
+    return layer if timeline.is_quiet(y, node, read) else None
