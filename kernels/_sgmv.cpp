@@ -18,7 +18,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -89,12 +88,20 @@ inline vec load(const bf16* p) {
   return out;
 }
 
-inline float sum(vec v) {  // always the same tree
-  float lanes[WIDTH];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int half = WIDTH / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+template <int N>
+inline float sum(const float* lanes) {  // always the same tree
+  if constexpr (N == 1) {
+    float out;
+    std::memcpy(&out, lanes, sizeof(float));
+    return out;
+  } else {
+    typedef float part __attribute__((vector_size(2 * N)));
+    part low, high;
+    std::memcpy(&low, lanes, sizeof(part));
+    std::memcpy(&high, lanes + N / 2, sizeof(part));
+    low += high;
+    return sum<N / 2>(reinterpret_cast<const float*>(&low));
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ products
@@ -113,7 +120,7 @@ inline void dots(const float* const* x, const T* m, int64_t stride, int64_t k, f
     }
   }
   for (int j = 0; j < J; ++j)
-    for (int r = 0; r < R; ++r) out[j][r] = sum(acc[j][r]);
+    for (int r = 0; r < R; ++r) out[j][r] = sum<WIDTH>(reinterpret_cast<const float*>(&acc[j][r]));
   for (; at < k; ++at)
     for (int j = 0; j < J; ++j)
       for (int r = 0; r < R; ++r) out[j][r] = __builtin_fmaf(to_float(m[j * stride + at]), x[r][at], out[j][r]);
@@ -164,6 +171,43 @@ template <int R, class T>
     for (int64_t lane = 0; lane < rank; ++lane)
       for (int64_t rest = c; rest < columns; ++rest)
         tile[r][rest] = __builtin_fmaf(to_float(b[lane * stride + rest]), s[r][lane], tile[r][rest]);
+}
+
+// What depends on the dtype of a matrix, so that all else is compiled once.
+struct Kind {
+  size_t size;  // bytes of an element
+  void (*products)(const float* const* x, int64_t tokens, const void* m, int64_t stride, int64_t k, int64_t count, float* out,
+                   int64_t width);
+  void (*add_products)(float* const* tile, const float* const* s, int64_t rows, const void* b, int64_t stride, int64_t rank,
+                       int64_t columns);
+  void (*read)(const void* from, int64_t count, float* to);
+  void (*write)(const float* from, int64_t count, void* to);
+};
+
+template <class T>
+constexpr Kind kind_of{
+    sizeof(T),
+    [](const float* const* x, int64_t tokens, const void* m, int64_t stride, int64_t k, int64_t count, float* out,
+       int64_t width) { products(x, tokens, static_cast<const T*>(m), stride, k, count, out, width); },
+    [](float* const* tile, const float* const* s, int64_t rows, const void* b, int64_t stride, int64_t rank, int64_t columns) {
+      const T* matrix = static_cast<const T*>(b);
+      if (rows == 4) return add_products<4>(tile, s, matrix, stride, rank, columns);
+      for (int64_t r = 0; r < rows; ++r) add_products<1>(tile + r, s + r, matrix, stride, rank, columns);
+    },
+    [](const void* from, int64_t count, float* to) {
+      for (int64_t i = 0; i < count; ++i) to[i] = to_float(static_cast<const T*>(from)[i]);
+    },
+    [](const float* from, int64_t count, void* to) {
+      for (int64_t i = 0; i < count; ++i) put(static_cast<T*>(to) + i, from[i]);
+    }};
+
+const Kind& kind(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kind_of<float>;
+    case ScalarType::BFloat16: return kind_of<bf16>;
+    case ScalarType::Half: return kind_of<f16>;
+    default: STD_TORCH_CHECK(false, "lorafx: expected float32, bfloat16 or float16");
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ routing
@@ -245,23 +289,23 @@ void run(int64_t items, int64_t work, const F& f) {
 
 // One sibling: its output, and either its own layer (weight, bias) or what that layer gave (`given`).
 struct Sibling {
-  Tensor out;
   int64_t width;
-  const void* weight = nullptr;
-  int64_t weight_stride = 0;
-  const void* bias = nullptr;
-  const void* given = nullptr;
-  int64_t a_row;  // where its rank rows begin in its matrix A
-  const void* a;
-  const void* b;
+  char* out;
+  const char* given;
+  const char* weight;
+  int64_t weight_stride;
+  const char* bias;
+  const char* a;  // its first rank row of A
+  const char* b;
 };
 
-template <class T, class W>  // dtype of x and y; of the bank
 struct Group {
+  const Kind& base;   // of x, the layers and the outputs
+  const Kind& bank;   // of A and B
   int64_t tokens, k;
-  std::vector<const float*> x;  // each token's
-  std::vector<Sibling> siblings;
   std::vector<Use> uses;
+  std::vector<Sibling> siblings;
+  std::vector<const float*> x;  // each token's
   std::vector<float> s;
 
   void shrink() {
@@ -270,68 +314,58 @@ struct Group {
       int64_t sibling, lane, lanes, first, last;
     };
     int64_t size = 0, work = 0;
-    for (Use& use : uses) {
-      use.s = size;
-      size += use.lanes * static_cast<int64_t>(use.tokens.size());
-    }
-    s.resize(size);
     std::vector<Item> items;
-    for (const Use& use : uses) {
+    for (Use& use : uses) {
       const int64_t count = use.tokens.size(), lanes = count < TOKENS ? LANES : 4 * LANES;
-      work += count * use.lanes * k;
+      use.s = size;
+      size += use.lanes * count;
+      work += use.lanes * count * k;
       for (int64_t first = 0; first < count; first += 2 * TOKENS)
         for (int64_t i = 0; i < static_cast<int64_t>(siblings.size()); ++i)
           for (int64_t lane = 0; lane < use.windows[i].rank; lane += lanes)
             items.push_back({&use, i, lane, std::min(lanes, use.windows[i].rank - lane), first,
                              std::min(first + 2 * TOKENS, count)});
     }
+    s.resize(size);
     run(items.size(), work, [&](int64_t begin, int64_t end) {
       const float* rows[2 * TOKENS];
       for (int64_t n = begin; n < end; ++n) {
-        const Item& item = items[n];
-        const Use& use = *item.use;
-        const Window& window = use.windows[item.sibling];
-        const Sibling& sibling = siblings[item.sibling];
-        for (int64_t t = item.first; t < item.last; ++t) rows[t - item.first] = x[use.tokens[t]];
-        const W* a = static_cast<const W*>(sibling.a) + (sibling.a_row + window.start + item.lane) * k;
-        float* block = s.data() + use.s + item.first * use.lanes + window.lane + item.lane;
-        const float* weights = use.weights.data() + item.first;
-        products(rows, item.last - item.first, a, k, k, item.lanes, block, use.lanes);
-        for (int64_t token = 0; token < item.last - item.first; ++token)
-          for (int64_t lane = 0; lane < item.lanes; ++lane)
-            block[token * use.lanes + lane] *= weights[token] * window.scale;
+        const auto& [use, i, lane, lanes, first, last] = items[n];
+        const Window& window = use->windows[i];
+        for (int64_t t = first; t < last; ++t) rows[t - first] = x[use->tokens[t]];
+        float* block = s.data() + use->s + first * use->lanes + window.lane + lane;
+        bank.products(rows, last - first, siblings[i].a + (window.start + lane) * k * bank.size, k, k, lanes, block, use->lanes);
+        for (int64_t t = first; t < last; ++t, block += use->lanes)
+          for (int64_t at = 0; at < lanes; ++at) block[at] *= use->weights[t] * window.scale;
       }
     });
   }
 
-  // What the adapters add to columns [c, c + columns) of sibling i, for tokens [first, last); tile rows: those tokens
+  // Adds what the adapters give for columns [c, c + columns) of sibling i and tokens [first, last), a row of `tile` each.
   void expand(int64_t i, int64_t c, int64_t columns, int64_t first, int64_t last, float (*tile)[COLUMNS]) const {
     const int64_t width = siblings[i].width;
-    const W* b = static_cast<const W*>(siblings[i].b) + c;
+    const auto row_of_b = [&](int64_t row) { return siblings[i].b + (row * width + c) * bank.size; };
     for (const Use& use : uses) {
-      const Window& w = use.windows[i];
-      const auto from = std::lower_bound(use.tokens.begin(), use.tokens.end(), first);
-      const auto to = std::lower_bound(from, use.tokens.end(), last);
-      const float* block = s.data() + use.s + w.lane;
-      for (auto at = from; w.rank && at != to;) {
-        const int64_t n = at - use.tokens.begin();
-        const bool four = to - at >= 4;
+      const Window& window = use.windows[i];
+      const int64_t from = std::lower_bound(use.tokens.begin(), use.tokens.end(), first) - use.tokens.begin();
+      const int64_t to = std::lower_bound(use.tokens.begin() + from, use.tokens.end(), last) - use.tokens.begin();
+      for (int64_t n = from; window.rank && n < to; n += 4) {
         float* rows[4];
         const float* lanes[4];
-        for (int r = 0; r < (four ? 4 : 1); ++r) {
-          rows[r] = tile[at[r] - first];
-          lanes[r] = block + (n + r) * use.lanes;
+        const int64_t count = std::min(to - n, int64_t(4));
+        for (int64_t r = 0; r < count; ++r) {
+          rows[r] = tile[use.tokens[n + r] - first];
+          lanes[r] = s.data() + use.s + (n + r) * use.lanes + window.lane;
         }
-        if (four)
-          add_products<4>(rows, lanes, b + w.start * width, width, w.rank, columns);
-        else
-          add_products<1>(rows, lanes, b + w.start * width, width, w.rank, columns);
-        at += four ? 4 : 1;
+        bank.add_products(rows, lanes, count, row_of_b(window.start), width, window.rank, columns);
       }
-      for (auto at = from; w.bias_row >= 0 && at != to; ++at) {
-        const float factor = use.weights[at - use.tokens.begin()] * w.scale;
-        float* row = tile[*at - first];
-        for (int64_t j = 0; j < columns; ++j) row[j] = __builtin_fmaf(to_float(b[w.bias_row * width + j]), factor, row[j]);
+      if (window.bias_row < 0) continue;
+      float bias[COLUMNS];
+      bank.read(row_of_b(window.bias_row), columns, bias);
+      for (int64_t n = from; n < to; ++n) {
+        const float factor = use.weights[n] * window.scale;
+        float* row = tile[use.tokens[n] - first];
+        for (int64_t j = 0; j < columns; ++j) row[j] = __builtin_fmaf(bias[j], factor, row[j]);
       }
     }
   }
@@ -340,45 +374,45 @@ struct Group {
     float tile[TOKENS][COLUMNS];
     const Sibling& one = siblings[i];
     if (one.weight) {
-      const T* rows = static_cast<const T*>(one.weight) + c * one.weight_stride;
-      const T* bias = static_cast<const T*>(one.bias);
-      products(x.data() + first, last - first, rows, one.weight_stride, k, columns, tile[0], COLUMNS);
-      for (int64_t token = first; bias && token < last; ++token)
-        for (int64_t j = 0; j < columns; ++j) tile[token - first][j] += to_float(bias[c + j]);
+      const char* rows = one.weight + c * one.weight_stride * base.size;
+      base.products(x.data() + first, last - first, rows, one.weight_stride, k, columns, tile[0], COLUMNS);
+      if (one.bias) {
+        float bias[COLUMNS];
+        base.read(one.bias + c * base.size, columns, bias);
+        for (int64_t token = 0; token < last - first; ++token)
+          for (int64_t j = 0; j < columns; ++j) tile[token][j] += bias[j];
+      }
     } else {
-      const T* given = static_cast<const T*>(one.given);
       for (int64_t token = first; token < last; ++token)
-        for (int64_t j = 0; j < columns; ++j) tile[token - first][j] = to_float(given[token * one.width + c + j]);
+        base.read(one.given + (token * one.width + c) * base.size, columns, tile[token - first]);
     }
     expand(i, c, columns, first, last, tile);
-    T* out = static_cast<T*>(one.out.mutable_data_ptr());
     for (int64_t token = first; token < last; ++token)
-      for (int64_t j = 0; j < columns; ++j) put(out + token * one.width + c + j, tile[token - first][j]);
+      base.write(tile[token - first], columns, one.out + (token * one.width + c) * base.size);
   }
 
-  // All columns of all siblings, in units that stand side by side, for a range of tokens.
+  // Units [begin, end) of the columns of all siblings, side by side, for tokens [first, last).
   void fill_units(int64_t begin, int64_t end, int64_t first, int64_t last) const {
-    int64_t before = 0;
     for (int64_t i = 0; i < static_cast<int64_t>(siblings.size()); ++i) {
       const int64_t width = siblings[i].width, units = (width + UNIT - 1) / UNIT;
-      const int64_t from = std::max(begin - before, int64_t(0)) * UNIT;
-      const int64_t to = std::min((end - before) * UNIT, width);
-      for (int64_t c = from; c < to; c += COLUMNS)
+      const int64_t to = std::min(end * UNIT, width);
+      for (int64_t c = std::max(begin, int64_t(0)) * UNIT; c < to; c += COLUMNS)
         for (int64_t token = first; token < last; token += TOKENS)
           fill(i, c, std::min(COLUMNS, to - c), token, std::min(token + TOKENS, last));
-      before += units;
+      begin -= units;
+      end -= units;
     }
   }
 
   void compute() {
     if (!uses.empty()) shrink();
-    int64_t units = 0, outs = 0, rank = 0;
+    int64_t units = 0, work = 0;
     for (const Sibling& one : siblings) {
       units += (one.width + UNIT - 1) / UNIT;
-      outs += one.width * (one.weight ? k : 1);
+      work += tokens * one.width * (one.weight ? k : 1);
     }
-    for (const Use& use : uses) rank += use.lanes;
-    const int64_t work = tokens * outs + tokens * units * UNIT * rank, blocks = (tokens + TOKENS - 1) / TOKENS;
+    for (const Use& use : uses) work += use.tokens.size() * use.lanes * UNIT * units;
+    const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
     if (blocks >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
       run(blocks, work, [&](int64_t begin, int64_t end) {
         fill_units(0, units, begin * TOKENS, std::min(end * TOKENS, tokens));
@@ -397,61 +431,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-template <class T, class W>
-std::vector<Tensor> compute(const std::vector<Tensor>& ys, const std::vector<Tensor>& layers, const std::vector<Tensor>& biases,
-                            const Tensor& x, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
-                            const std::vector<int64_t>& caps, std::vector<Use> uses) {
-  Group<T, W> group;
-  group.k = x.size(-1);
-  group.tokens = x.numel() / group.k;
-  group.uses = std::move(uses);
-  std::vector<Tensor> outs, kept;  // kept: what ATen gave, alive until it is read
-  int64_t row = 0;
-  for (size_t i = 0; i < caps.size(); ++i) {
-    Sibling one;
-    one.width = b[i].size(1);
-    if (layers.empty()) {
-      one.given = ys[i].const_data_ptr();
-    } else if (group.tokens <= FEW_TOKENS) {
-      one.weight = layers[i].const_data_ptr();
-      one.weight_stride = layers[i].stride(0);
-      one.bias = biases.empty() ? nullptr : biases[i].const_data_ptr();
-    } else {
-      kept.push_back(linear(x, layers[i], biases.empty() ? nullptr : &biases[i]));
-      one.given = kept.back().const_data_ptr();
-    }
-    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    sizes.back() = one.width;
-    // In place where the base output is ours: nothing else reads it.
-    one.out = kept.empty() ? torch::stable::new_empty(x, sizes, layers.empty() ? ys[i].scalar_type() : x.scalar_type()) : kept.back();
-    one.a = a.size() == 1 ? a[0].const_data_ptr() : a[i].const_data_ptr();
-    one.a_row = a.size() == 1 ? row : 0;
-    one.b = b[i].const_data_ptr();
-    row += caps[i];
-    outs.push_back(one.out);
-    group.siblings.push_back(one);
-  }
-  if (group.tokens == 0 || (!kept.empty() && group.uses.empty())) return outs;
-  std::vector<float> wide;  // x in float32
-  const T* data = static_cast<const T*>(x.const_data_ptr());
-  const float* rows;
-  if constexpr (std::is_same_v<T, float>) {
-    rows = data;
-  } else {
-    wide.resize(x.numel());
-    for (int64_t i = 0; i < static_cast<int64_t>(wide.size()); ++i) wide[i] = to_float(data[i]);
-    rows = wide.data();
-  }
-  for (int64_t t = 0; t < group.tokens; ++t) group.x.push_back(rows + t * group.k);
-  group.compute();
-  return outs;
-}
+const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
 std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, std::vector<Tensor> biases, Tensor x,
                            std::vector<Tensor> a, std::vector<Tensor> b, std::vector<int64_t> caps, Tensor slots,
                            Tensor weights, Tensor count, Tensor scale, Tensor windows) {
-  const int64_t k = x.size(-1), rows = x.size(0);
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous(), "lorafx: x must be contiguous, with a batch dimension");
+  const int64_t k = x.size(-1), rows = x.size(0), tokens = x.numel() / k;
   for (const auto& list : {ys, a, b})
     for (const Tensor& t : list) STD_TORCH_CHECK(t.is_contiguous(), "lorafx: ys, a and b must be contiguous");
   for (const Tensor& t : layers)
@@ -463,22 +449,44 @@ std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, s
     STD_TORCH_CHECK(ys[i].scalar_type() == x.scalar_type() && ys[i].size(-1) == b[i].size(1), "lorafx: ys must be as x and b say");
   STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && scale.scalar_type() == ScalarType::Float,
                   "lorafx: weights and scale must be float32");
-  const int64_t row_tokens = rows ? x.numel() / k / rows : 0;
-  std::vector<Use> uses = find_uses(rows, row_tokens, caps.size(), slots, weights, count, scale, windows);
-  auto with = [&]<class T>() {
-    switch (b[0].scalar_type()) {
-      case ScalarType::Float: return compute<T, float>(ys, layers, biases, x, a, b, caps, std::move(uses));
-      case ScalarType::BFloat16: return compute<T, bf16>(ys, layers, biases, x, a, b, caps, std::move(uses));
-      case ScalarType::Half: return compute<T, f16>(ys, layers, biases, x, a, b, caps, std::move(uses));
-      default: STD_TORCH_CHECK(false, "lorafx: the adapters must be float32, bfloat16 or float16");
+
+  Group group{kind(x), kind(b[0]), tokens, k,
+              find_uses(rows, rows ? tokens / rows : 0, caps.size(), slots, weights, count, scale, windows)};
+  std::vector<Tensor> outs;
+  const bool ours = tokens <= FEW_TOKENS;
+  int64_t row = 0;
+  for (size_t i = 0; i < caps.size(); ++i) {
+    const Tensor* bias = biases.empty() ? nullptr : &biases[i];
+    if (!layers.empty() && !ours) {
+      outs.push_back(linear(x, layers[i], bias));  // and what is added is added in place: nothing else reads it
+    } else {
+      std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+      sizes.back() = b[i].size(1);
+      outs.push_back(torch::stable::new_empty(x, sizes));
     }
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return with.template operator()<float>();
-    case ScalarType::BFloat16: return with.template operator()<bf16>();
-    case ScalarType::Half: return with.template operator()<f16>();
-    default: STD_TORCH_CHECK(false, "lorafx: x must be float32, bfloat16 or float16");
+    Sibling one{b[i].size(1), static_cast<char*>(outs[i].mutable_data_ptr())};
+    one.given = layers.empty() ? bytes(ys[i]) : one.out;
+    if (!layers.empty() && ours) {
+      one.weight = bytes(layers[i]);
+      one.weight_stride = layers[i].stride(0);
+      one.bias = bias ? bytes(*bias) : nullptr;
+    }
+    one.a = a.size() == 1 ? bytes(a[0]) + row * k * group.bank.size : bytes(a[i]);
+    one.b = bytes(b[i]);
+    row += caps[i];
+    group.siblings.push_back(one);
   }
+  if (tokens == 0 || (!layers.empty() && !ours && group.uses.empty())) return outs;
+  std::vector<float> wide;
+  const float* data = reinterpret_cast<const float*>(bytes(x));
+  if (x.scalar_type() != ScalarType::Float) {
+    wide.resize(tokens * k);
+    group.base.read(bytes(x), tokens * k, wide.data());
+    data = wide.data();
+  }
+  for (int64_t t = 0; t < tokens; ++t) group.x.push_back(data + t * k);
+  group.compute();
+  return outs;
 }
 
 }  // namespace

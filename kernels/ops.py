@@ -65,11 +65,11 @@ _library.define(
 )
 
 
-def resolve_lowering(lowering: str, x: Tensor, *others: Tensor) -> str:
+def resolve_lowering(lowering: str, x: Tensor, *others: Tensor, op: str = "routed_lora") -> str:
     """What is to be done for these tensors: a lowering other than ``"auto"``.
 
     ``"auto"`` is Triton on a GPU, C++ on a CPU, and ATen elsewhere or where C++ can't be compiled. In double precision
-    it is ATen, whatever was asked for: the kernels' sums are float32.
+    it is ATen, whatever was asked for: the kernels' sums are float32. C++ is for the op ``"routed_lora"`` alone.
 
     UnsupportedModelError: ``"cpp"`` was asked for, and can't be compiled
     """
@@ -77,7 +77,9 @@ def resolve_lowering(lowering: str, x: Tensor, *others: Tensor) -> str:
         if x.device.type in ("cuda", "xpu"):
             lowering = "triton"
         else:
-            lowering = "cpp" if cpp.takes(x, *others) and cpp.is_built() else "aten"
+            lowering = "cpp" if op == "routed_lora" and cpp.takes(x, *others) and cpp.is_built() else "aten"
+    if lowering == "cpp" and op != "routed_lora":
+        return "aten"
     if lowering in ("triton", "cpp") and aten.accumulator(x, *others) == torch.float64:
         return "aten"
     if lowering == "cpp":
@@ -131,9 +133,9 @@ def _fused_lora(
     scale_tensors: list[Tensor | None],
     lowering: str,
 ) -> list[Tensor]:
-    lowering = resolve_lowering(lowering, x, *ys, *a, *b)
+    lowering = resolve_lowering(lowering, x, *ys, *a, *b, op="fused_lora")
     tensors = [t for t in (*biases, *scale_tensors) if t is not None]
-    if lowering in ("aten", "cpp") or _needs_grad(x, *ys, *a, *b, *tensors):
+    if lowering == "aten" or _needs_grad(x, *ys, *a, *b, *tensors):
         return aten.fused_lora(ys, x, a, b, biases, scales, scale_tensors)
     if lowering == "triton":
         from lorafx.kernels import sgmv  # needs Triton, which is not on every machine

@@ -39,6 +39,7 @@ def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
         biases = [layer.bias.node for layer in layers if layer.bias is not None]
         node.args = ([], *node.args[1 : LOWERING + 1], weights, biases)
         folded += len(layers)
+    context.record.folded = folded
     return folded
 
 

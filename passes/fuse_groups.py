@@ -156,5 +156,5 @@ def _site_branch(site: SiteGeometry) -> FusedBranch:
 
 def _record(context: PassContext, op: str, parent: str, x: fx.Node, branches: list[FusedBranch]) -> None:
     value = example(x)
-    lowering = context.lowering if value is None else resolve_lowering(context.lowering, value)
+    lowering = context.lowering if value is None else resolve_lowering(context.lowering, value, op=op)
     context.record.groups.append(FusedGroup(parent, tuple(branches), lowering, op))

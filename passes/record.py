@@ -37,6 +37,7 @@ class PassRecord:
     skipped: list[Skipped] = field(default_factory=list)
     before: Counter[str] = field(default_factory=Counter)
     after: Counter[str] = field(default_factory=Counter)
+    folded: int = 0  # layers of the model itself that went into a fused op
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # site -> shape of its input, as traced
 
 

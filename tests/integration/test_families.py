@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 
 import lorafx
+from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.record import count_ops
 
 from .models import (
@@ -86,6 +87,7 @@ def case(request, tmp_path_factory):
     inputs = family.inputs(len(NAMES))
     model = lorafx.compile(family.build(layers), folders, options=EAGER_GRAPH)
     return SimpleNamespace(
+        name=name,
         base=family.build(layers),
         reference=with_peft(family.build(layers), folders),
         model=model,
@@ -151,9 +153,13 @@ def test_groups_before_the_first_call_are_said_to_be_from_modules(tmp_path):
 def test_groups_and_node_counts(case):
     report = lorafx.explain(case.model)
     assert report.source == "graphs"
-    assert {group.lowering for group in report.groups} == {"aten"}  # what "auto" chose
+    assert {group.lowering for group in report.groups} == {resolve_lowering("auto", torch.zeros(1))}
     after = assert_fused(report, case.groups, adapted_layers(case.reference), "lorafx.routed_lora")
     plain = ops_of(case.base, case.inputs)
+    folded = sum(graph.passes.folded for graph in report.graphs)
+    transposed = case.name == "gpt2"  # its layers keep their weights [in, out]
+    assert folded == (0 if transposed else len(adapted_layers(case.reference)))
+    after["linear"] += folded
     for op in ("linear", "addmm", "matmul", "bmm", "conv2d", "scaled_dot_product_attention"):
         assert after[op] == plain[op], op
     ours = {op for op in after if op.startswith("lorafx.")} | {"getitem", "as_strided", "narrow", "cat"}
