@@ -93,8 +93,10 @@ def is_built() -> bool:
     return not _outcome
 
 
-def check_built() -> None:
+def check(device: torch.device) -> None:
     """UnsupportedModelError: asked for by name, it can't be had."""
+    if device.type not in ("cpu", "meta"):
+        raise UnsupportedModelError(f'lowering="cpp" is for CPUs, and the model is on {device}: leave it out')
     if not is_built():
         raise UnsupportedModelError(
             f'lowering="cpp" needs a C++20 compiler: {_outcome}. Install g++ 11 or newer (the environment variable CXX'

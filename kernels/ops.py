@@ -71,7 +71,7 @@ def resolve_lowering(lowering: str, x: Tensor, *others: Tensor, op: str = "route
     ``"auto"`` is Triton on a GPU, C++ on a CPU, and ATen elsewhere or where C++ can't be compiled. In double precision
     it is ATen, whatever was asked for: the kernels' sums are float32. C++ is for the op ``"routed_lora"`` alone.
 
-    UnsupportedModelError: ``"cpp"`` was asked for, and can't be compiled
+    UnsupportedModelError: ``"cpp"`` was asked for, and can't be compiled, or on another device
     """
     if lowering == "auto":
         if x.device.type in ("cuda", "xpu"):
@@ -83,7 +83,7 @@ def resolve_lowering(lowering: str, x: Tensor, *others: Tensor, op: str = "route
     if lowering in ("triton", "cpp") and aten.accumulator(x, *others) == torch.float64:
         return "aten"
     if lowering == "cpp":
-        cpp.check_built()
+        cpp.check(x.device)
     return lowering
 
 

@@ -515,7 +515,7 @@ class AdapterBank:
 
     @property
     def window(self) -> int:
-        """Bytes of ``nbytes`` in fold windows: none, nothing is folded yet."""
+        """Bytes of ``nbytes`` in fold windows: none, since the C++ lowering folds without copying anything."""
         return 0
 
     def _catch_up(self) -> None:

@@ -14,6 +14,7 @@ from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping
 from lorafx.errors import LorafxError, UnsupportedModelError
+from lorafx.kernels import cpp
 from lorafx.module_snapshot import unchanged_on_error
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
@@ -45,8 +46,8 @@ def compile(
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names
     dynamic, mode, options: as torch.compile's; mode "eager" computes the same at once and compiles nothing;
-        options may hold "lowering" ("auto", "triton", "aten", "reference"), "inductor" (False: run the rewritten graph
-        as it is), and Inductor's own
+        options may hold "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the
+        adapted layers' own products apart), "inductor" (False: run the rewritten graph as it is), and Inductor's own
     validate: not there yet; refused
 
     One adapter given is in use at once; of several none is, until ``model.lora.use`` or ``adapter_names`` says which.
@@ -159,6 +160,8 @@ def _check_lowering(root: nn.Module, lowering: str) -> None:
         except ImportError as error:
             raise UnsupportedModelError(f'lowering="triton" needs the triton package: {error}') from error
         check_device(parameter.device)
+    if lowering == "cpp" and parameter is not None:
+        cpp.check(parameter.device)
 
 
 __all__ = ["compile", "uncompile"]

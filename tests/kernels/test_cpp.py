@@ -236,3 +236,9 @@ class TestBuilding:
             assert sum("compiling" in message for message in caplog.messages) == 1
             simple.write_text("// another one\n")
             assert cpp._library() != first
+
+
+@needs_compiler
+def test_other_devices_are_refused(monkeypatch):
+    with pytest.raises(UnsupportedModelError, match="for CPUs.*cuda"):
+        cpp.check(torch.device("cuda"))
