@@ -1,0 +1,107 @@
+"""What compiles, and when: the two cases of the CPU benchmark that are about Dynamo and Inductor, not about a step."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+import lorafx
+from benchmarks.cpu_cases import (
+    BASE,
+    COMPILE_TARGET,
+    LORAFX,
+    PEFT,
+    PEFT_COMPILED,
+    RECOMPILE_TARGET,
+    TIMED,
+    Entry,
+)
+from benchmarks.cpu_contenders import ContenderError, Reference, Workshop
+from benchmarks.cpu_timing import progress, with_times
+from benchmarks.turns import take_turns, timed
+
+LISTS = 64
+
+
+def name_lists(rows: int, adapters: int, count: int = LISTS) -> list[list[str]]:
+    """Different ones, always the same; the base model is among the names."""
+    generator = random.Random(0)
+    names = ["__base__", *(f"a{i}" for i in range(adapters))]
+    found: dict[tuple[str, ...], None] = {}
+    while len(found) < count:
+        found[tuple(generator.choices(names, k=rows))] = None
+    return [list(one) for one in found]
+
+
+def recompiles(base: PreTrainedModel, inductor: bool = True, count: int = LISTS) -> dict:
+    """Every list once, counting graphs; then all again in turns, timed. PEFT's compiled code is made for one list: past
+    Dynamo's limit it runs eagerly."""
+    torch._dynamo.reset()
+    workshop, forward = Workshop(base, inductor), TIMED[3].entries[0].forward
+    lists = name_lists(forward.rows, len(forward.ranks), count)
+    kinds = (BASE, LORAFX, PEFT, PEFT_COMPILED)
+    steps = {kind: workshop.make(Entry(kind, kind, forward)).step for kind in kinds}
+    calls = {kind: _calls(kind, step, lists) for kind, step in steps.items()}
+    rows = [{"contender": kind} for kind in kinds]
+    outputs: dict[str, list[Tensor]] = {}
+    for row in rows:
+        kind = row["contender"]
+        before, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        outputs[kind] = [call() for call in calls[kind]]
+        row["graphs"] = counters["stats"]["unique_graphs"] - before
+        progress(f"{kind}: {count} lists, {row['graphs']} graph(s), {time.perf_counter() - started:.1f} s")
+    for kind in (LORAFX, PEFT_COMPILED):
+        for mine, theirs in zip(outputs[kind], outputs[PEFT], strict=True):
+            if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item()):
+                raise ContenderError(f"{kind} and PEFT, eager, differ for a list of adapter_names")
+    seconds = take_turns(
+        {kind: lambda i, mine=mine: timed(mine[i % count]) for kind, mine in calls.items()}, rounds=count
+    )
+    result = with_times(rows, seconds, ())
+    again = max(row["graphs"] for row in rows if row["contender"] == LORAFX) - 1
+    reported = lorafx.explain(workshop.lorafx_model(replace(forward, in_use=None))).recompiles
+    result["targets"] = [RECOMPILE_TARGET.verdict(max(again, reported))]
+    limit = torch._dynamo.config.recompile_limit
+    result["notes"] = [
+        f"{row['contender']}: {row['graphs']} graph(s) for {count} lists (Dynamo's limit: {limit})" for row in rows
+    ]
+    return result
+
+
+def _calls(kind: str, step: Callable[..., Tensor], lists: Sequence[list[str]]) -> list[Callable[[], Tensor]]:
+    if kind == BASE:
+        return [step] * len(lists)
+    return [lambda names=names: step(adapter_names=names) for names in lists]
+
+
+def compile_seconds(base: PreTrainedModel) -> dict:
+    """The first call, which makes one graph, less the second; no cache of Inductor's or Dynamo's is read or written."""
+    forward, seconds = TIMED[2].entries[0].forward, {}
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))  # starts what compiles
+        for kind in (BASE, LORAFX):
+            torch._dynamo.reset()
+            contender = Workshop(base).make(Entry(kind, kind, forward))
+            reference = Reference(base, forward)
+            outputs: list[Tensor] = []
+            first = timed(lambda step=contender.step, outputs=outputs: outputs.append(step()))
+            reference.check(Entry(kind, kind, forward), outputs[0])
+            seconds[kind] = first - timed(contender.step)
+            progress(f"{kind}: compiled in {seconds[kind]:.1f} s")
+    rows = [
+        {"contender": kind, "seconds": one_value(s), "ratio": one_value(s / seconds[BASE])}
+        for kind, s in seconds.items()
+    ]
+    return {"rows": rows, "targets": [COMPILE_TARGET.verdict(seconds[LORAFX] / seconds[BASE])]}
+
+
+def one_value(value: float) -> dict[str, float]:
+    """Measured once: quartiles say nothing."""
+    return {"low": value, "median": value, "high": value}
