@@ -16,6 +16,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,7 +77,8 @@ def in_own_process(number: int, arguments: list[str]) -> dict | None:
     """None: it failed, and has said why."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "benchmarks.cpu", *arguments, "--case", str(number), "--json", file.name]
-        if subprocess.run(command, check=False).returncode:
+        quiet = os.environ | {"TQDM_DISABLE": "1"}  # a bar for each tensor of the model's file
+        if subprocess.run(command, cwd=ROOT, env=quiet, check=False).returncode:
             return None
         return json.loads(Path(file.name).read_text())
 

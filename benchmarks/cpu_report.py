@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.cpu_cases import BASE, BASE_EAGER, MERGED, PEFT, PEFT_COMPILED, POLYLORA
+from benchmarks.cpu_cases import BASE, BASE_EAGER, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
 
 GREYS = {BASE: "black", BASE_EAGER: "0.35", PEFT: "0.8", PEFT_COMPILED: "0.6", MERGED: "0.7", POLYLORA: "0.9"}
+
+
+HEAD = ("| contender | median (quartiles) | ratio | asked |", "|---|---|---|---|")
 
 
 def duration(seconds: dict[str, float]) -> str:
@@ -22,35 +25,33 @@ def with_quartiles(values: dict[str, float], digits: str, unit: str = "") -> str
     return f"{text} ({values['low']:{digits}} to {values['high']:{digits}})"
 
 
-def verdict(target: dict) -> str:
-    """One target, such as "1.031 of base, compiled: must be at most 1.02, missed; aim 0.98, missed"."""
-    found = f"{target['found']:.3f}" if isinstance(target["found"], float) else str(target["found"])
-    of = f"{found} of {target['to']}" if target["to"] else found
+def verdict(target: dict, first: str) -> str:
+    """Such as "at most 1.02: missed; aim 0.98: missed". Where the ratio is not to ``first``'s time, with the ratio."""
     told = {name: "met" if target[f"{name}_met"] else "**missed**" for name in ("must", "aim")}
     bound = "at least" if target["at_least"] else "at most"
-    return f"{of}: must be {bound} {target['must']:g}, {told['must']}; aim {target['aim']:g}, {told['aim']}"
+    text = f"{bound} {target['must']:g}: {told['must']}; aim {target['aim']:g}: {told['aim']}"
+    if target["to"] == first:
+        return text
+    return f"{target['found']:.3g} {'' if target['to'] == RECOMPILE_TARGET.to else 'x '}{target['to']}, {text}"
 
 
 def time_table(number: int, result: dict) -> list[str]:
-    """Markdown, one line for each contender, what is asked of it beside it; then what is not one contender's time."""
+    """Markdown, one line for each contender, what is asked of it beside it."""
     lines = [
         f"\n**{number}. {result['title']}**\n",
         "| contender | median (quartiles) | ratio | asked |\n|---|---|---|---|",
     ]
-    names = [row["contender"] for row in result["rows"]]
+    first = result["rows"][0]["contender"]
     for row in result["rows"]:
-        asked = "; ".join(verdict(target) for target in result["targets"] if target["of"] == row["contender"])
-        ratio = with_quartiles(row["ratio"], ".3f")
-        lines.append(f"| {row['contender']} | {duration(row['seconds'])} | {ratio} | {asked} |")
-    others = [f"{t['of']}: {verdict(t)}" for t in result["targets"] if t["of"] not in names]
-    return [*lines, *(f"\n{text}" for text in [*others, *result.get("notes", ())])]
+        name, ratio = row["contender"], with_quartiles(row["ratio"], ".3f")
+        asked = "; ".join(verdict(target, first) for target in result["targets"] if target["of"] == name)
+        lines.append(f"| {name} | {duration(row['seconds'])} | {ratio} | {asked} |")
+    return [*lines, *(f"\n{text}" for text in result.get("notes", ()))]
 
 
 def memory_table(results: dict[int, dict]) -> list[str]:
-    """Markdown: what parameters, buffers and lorafx's bank take, and how much of it is not the adapters' own numbers."""
-    lines = [
-        "\n| case | contender | bytes | above the base model | above its adapters' own bytes too |\n|---|---|---|---|---|"
-    ]
+    """Markdown: bytes of parameters, buffers and lorafx's bank, and how many are not the adapters' own numbers."""
+    lines = ["\n| case | contender | bytes | more than the base | more than base and adapters |\n|---|---|---|---|---|"]
     for number, result in results.items():
         for row in result["rows"]:
             if row.get("bytes") is None:
