@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu_cases, cpu_report
+from benchmarks import cpu_cases, cpu_compiling, cpu_report, cpu_timing
+from benchmarks.cpu_contenders import ContenderError, available, load_base
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,14 +47,12 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
         "dtype": options.dtype,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "commit": commit or "unknown",
+        "load": f"{os.getloadavg()[0]:.1f}",
     }
 
 
 def measure(number: int, options: argparse.Namespace) -> dict:
     """One case, in this process."""
-    from benchmarks import cpu_compiling, cpu_timing
-    from benchmarks.cpu_contenders import load_base
-
     torch.set_num_threads(options.threads)
     layers, inductor = options.layers, not options.without_inductor
     if number == cpu_cases.RECOMPILES:
@@ -67,7 +66,7 @@ def measure(number: int, options: argparse.Namespace) -> dict:
     case = cpu_cases.TIMED[number]
     prefill = case.entries[0].forward.tokens > 1
     rounds = max(4, options.rounds // 4) if prefill else options.rounds
-    result = cpu_timing.measure(case, base, rounds, inductor)
+    result = cpu_timing.measure(case, base, rounds, inductor, options.slow)
     if options.model == "llama-8b":
         result["targets"] = []  # they were set for SmolLM2-135M
     return result
@@ -92,6 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     parser.add_argument("--out", type=Path, default=Path("cpu-results"), help="folder for the numbers and the plot")
+    parser.add_argument("--slow", action="store_true", help="compile PEFT's mixed batches too, however deep the model")
     parser.add_argument("--case", type=int, help="measure this case alone, in this process")
     parser.add_argument("--json", default="-", help="where --case writes what it found; -: stdout")
     parser.add_argument("--without-inductor", action="store_true", help="run the traced graphs as they are: for tests")
@@ -104,8 +104,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run_case(options: argparse.Namespace) -> int:
-    from benchmarks.cpu_contenders import ContenderError
-
     try:
         result = measure(options.case, options)
     except ContenderError as error:
@@ -127,6 +125,12 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     about, results, failed = machine(options), {}, []
     print(", ".join(f"{name}: {value}" for name, value in about.items()), flush=True)
+    if float(about["load"]) > 0.5:
+        print(
+            f"other work runs here (load {about['load']}): threads that wait for it make times useless", file=sys.stderr
+        )
+    if not available(cpu_cases.POLYLORA):
+        print("polylora takes no part: pip install --no-deps polylora brings it", file=sys.stderr)
     for number in options.cases:
         print(f"case {number}: {cpu_cases.title(number)}", file=sys.stderr, flush=True)
         result = in_own_process(number, arguments)

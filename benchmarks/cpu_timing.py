@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.cpu_cases import Timed
+from benchmarks.cpu_cases import Timed, too_slow
 from benchmarks.cpu_contenders import Reference, Workshop, adapter_bytes, available, nbytes_of
 from benchmarks.turns import quartiles, ratios, take_turns, timed
 
@@ -21,14 +21,16 @@ def progress(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def measure(case: Timed, base: PreTrainedModel, rounds: int, inductor: bool = True) -> dict:
-    """Plain data: ``rows`` of the table, one for each contender, and ``targets``.
+def measure(case: Timed, base: PreTrainedModel, rounds: int, inductor: bool = True, slow: bool = False) -> dict:
+    """Plain data: ``rows`` of the table, one for each contender, ``targets``, and ``notes``. ``slow``: leave out none.
 
     ContenderError: one computes something else than PEFT in float64
     """
     torch._dynamo.reset()
     workshop = Workshop(base, inductor)
-    entries = [entry for entry in case.entries if available(entry.kind)]
+    layers = len(base.model.layers)
+    left_out = [entry for entry in case.entries if inductor and not slow and too_slow(entry, layers)]
+    entries = [entry for entry in case.entries if available(entry.kind) and entry not in left_out]
     references = {forward: Reference(base, forward) for forward in dict.fromkeys(entry.forward for entry in entries)}
     steps: dict[str, Callable[..., Tensor]] = {}
     rows = []
@@ -54,7 +56,10 @@ def measure(case: Timed, base: PreTrainedModel, rounds: int, inductor: bool = Tr
     gc.collect()
     progress(f"{rounds} rounds")
     seconds = take_turns({name: lambda _, step=step: timed(step) for name, step in steps.items()}, rounds)
-    return with_times(rows, seconds, case.targets)
+    notes = [
+        f"{entry.name} was left out: its {layers} layers compile for very long; --slow waits" for entry in left_out
+    ]
+    return {**with_times(rows, seconds, case.targets), "notes": notes}
 
 
 def with_times(rows: list[dict], seconds: dict[str, list[float]], targets: tuple) -> dict:

@@ -46,7 +46,8 @@ class Case:
         ranks = f"r {self.ranks[0]}" if len(self.ranks) == 1 else f"{len(self.ranks)} adapters"
         used = "" if self.in_use is None else f", {self.in_use} in use"
         dtype = str(self.adapter_dtype).removeprefix("torch.")
-        return f"{what}, {self.rows} rows, {ranks} on {layers}{used}, {dtype}"
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return f"{what}, {rows}, {ranks} on {layers}{used}, {dtype}"
 
 
 def make_base(

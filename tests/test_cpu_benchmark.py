@@ -135,6 +135,13 @@ def test_bytes_of_an_adapter(base):
         assert adapter_bytes(base, forward) == own
 
 
+def test_what_compiles_for_very_long_is_left_out():
+    for number, case in cpu_cases.TIMED.items():
+        left_out = [entry.name for entry in case.entries if cpu_cases.too_slow(entry, 30)]
+        assert left_out == ([PEFT_COMPILED] if number in (3, 4) else []), number
+        assert not any(cpu_cases.too_slow(entry, 2) for entry in case.entries), number
+
+
 def test_lists_of_names_differ():
     lists = cpu_compiling.name_lists(8, 8)
     assert len({tuple(one) for one in lists}) == len(lists) == 64
