@@ -146,14 +146,14 @@ class Reference:
         if any(self.rows):
             exact = with_adapters(copy.deepcopy(base), forward).double()  # drawn in float32 first, as the others are
             self.adapted = make_step(exact, forward, **peft_names(forward), **more)()
-            weakest = min(d for d, on in zip(_distances(self.adapted, self.base), self.rows, strict=True) if on)
+            weakest = min(d for d, on in zip(distances(self.adapted, self.base), self.rows, strict=True) if on)
             if weakest < 2 * self.limit:
                 raise ContenderError(f"an adapter changes the logits by {weakest:.1e} only; too little to see it lost")
 
     def check(self, entry: Entry, logits: Tensor) -> float:
         """Distance of the worst row. ContenderError: too far"""
         plain = entry.kind in (BASE, BASE_EAGER, IDLE)
-        worst = max(_distances(logits, self.base if plain else self.adapted))
+        worst = max(distances(logits, self.base if plain else self.adapted))
         if not worst <= self.limit:
             raise ContenderError(
                 f"{entry.name} is {worst:.1e} (rel-L2 of the worst row's logits) away from"
@@ -162,7 +162,7 @@ class Reference:
         return worst
 
 
-def _distances(logits: Tensor, reference: Tensor) -> list[float]:
+def distances(logits: Tensor, reference: Tensor) -> list[float]:
     """Of each row, rel-L2."""
     rows, exact = logits.double().flatten(1), reference.flatten(1)
     return ((rows - exact).norm(dim=1) / exact.norm(dim=1)).tolist()

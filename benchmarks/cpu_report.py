@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.cpu_cases import BASE, BASE_EAGER, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
+from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
 
-GREYS = {BASE: "black", BASE_EAGER: "0.35", PEFT: "0.8", PEFT_COMPILED: "0.6", MERGED: "0.7", POLYLORA: "0.9"}
-
-
-HEAD = ("| contender | median (quartiles) | ratio | asked |", "|---|---|---|---|")
+COLORS = {
+    BASE: "black",
+    BASE_EAGER: "0.4",
+    IDLE: "lightsteelblue",
+    PEFT: "0.8",
+    PEFT_COMPILED: "0.65",
+    MERGED: "0.75",
+    POLYLORA: "0.88",
+}
 
 
 def duration(seconds: dict[str, float]) -> str:
@@ -78,7 +83,7 @@ def plot(results: dict[int, dict], title: str, path: Path) -> None:
         if row is result["rows"][0]:
             axes.text(0, y - 0.95, f"{number}. {result['title']}", fontsize=9, fontweight="bold", va="center")
         whiskers = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
-        axes.barh(y, ratio["median"], 0.8, color=GREYS.get(name, "C0"), xerr=whiskers, error_kw={"linewidth": 0.7})
+        axes.barh(y, ratio["median"], 0.8, color=COLORS.get(name, "C0"), xerr=whiskers, error_kw={"linewidth": 0.7})
         axes.text(ratio["high"] + 0.02, y, f"{ratio['median']:.2f}", va="center", fontsize=8)
         for must in _ticks(result["targets"], name, result["rows"][0]["contender"]):
             axes.plot([must, must], [y - 0.45, y + 0.45], color="red", linewidth=1.5)
