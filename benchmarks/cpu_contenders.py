@@ -139,21 +139,21 @@ class Reference:
 
     def __init__(self, base: PreTrainedModel, forward: Case) -> None:
         self.limit = LIMIT[base.dtype]
-        self.rows = [name is not None for name in forward.names]
+        self.rows = torch.tensor([name is not None for name in forward.names])
         more = _last_only(forward)
         self.base = make_step(copy.deepcopy(base).double(), forward, **more)()
         self.adapted = self.base
-        if any(self.rows):
+        if self.rows.any():
             exact = with_adapters(copy.deepcopy(base), forward).double()  # drawn in float32 first, as the others are
             self.adapted = make_step(exact, forward, **peft_names(forward), **more)()
-            weakest = min(d for d, on in zip(distances(self.adapted, self.base), self.rows, strict=True) if on)
+            weakest = distances(self.adapted, self.base)[self.rows].min().item()
             if weakest < 2 * self.limit:
                 raise ContenderError(f"an adapter changes the logits by {weakest:.1e} only; too little to see it lost")
 
     def check(self, entry: Entry, logits: Tensor) -> float:
         """Distance of the worst row. ContenderError: too far"""
         plain = entry.kind in (BASE, BASE_EAGER, IDLE)
-        worst = max(distances(logits, self.base if plain else self.adapted))
+        worst = distances(logits, self.base if plain else self.adapted).max().item()
         if not worst <= self.limit:
             raise ContenderError(
                 f"{entry.name} is {worst:.1e} (rel-L2 of the worst row's logits) away from"
@@ -162,10 +162,10 @@ class Reference:
         return worst
 
 
-def distances(logits: Tensor, reference: Tensor) -> list[float]:
-    """Of each row, rel-L2."""
+def distances(logits: Tensor, reference: Tensor) -> Tensor:
+    """Of each row, rel-L2. A tensor: its ``max`` keeps a NaN, Python's loses it."""
     rows, exact = logits.double().flatten(1), reference.flatten(1)
-    return ((rows - exact).norm(dim=1) / exact.norm(dim=1)).tolist()
+    return (rows - exact).norm(dim=1) / exact.norm(dim=1)
 
 
 def adapter_bytes(base: PreTrainedModel, forward: Case) -> int:
