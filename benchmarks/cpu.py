@@ -142,10 +142,8 @@ def main(arguments: list[str]) -> int:
         (options.out / "cpu.json").write_text(json.dumps({"machine": about, "cases": results}, indent=1))
     print("\n".join(cpu_report.memory_table(results)))
     try:
-        what = (
-            f"{about['model']}, {about['layers']} layers, {about['dtype']}; {about['cpu']}, {about['threads']} threads"
-        )
-        cpu_report.plot(results, f"{what}; {about['date']}", options.out / "cpu.png")
+        what = f"{about['model']}, {about['layers']} layers, {about['dtype']}, {about['threads']} threads"
+        cpu_report.plot(results, f"{what}; {about['cpu']}; {about['date']}", options.out / "cpu.png")
     except ImportError as error:
         print(f"no plot: {error}; pip install 'lorafx[benchmarks]' brings what draws it", file=sys.stderr)
     if failed:
