@@ -15,7 +15,7 @@ POLYLORA = "polylora, eager"
 MIXED_PEFT_LAYERS = 4  # more are compiled for PEFT's mixed batches only when asked for
 RECOMPILES, COMPILE_SECONDS = 9, 10  # the two cases that are no ``Timed``
 TITLES = {
-    RECOMPILES: "64 lists of adapter_names in turn, decode, 8 rows, on q,k,v",
+    RECOMPILES: "64 lists of adapter_names in turn, decode, 8 rows, on q,k,v, one layer",
     COMPILE_SECONDS: "first call with empty caches, decode, r 16 on all seven",
 }
 

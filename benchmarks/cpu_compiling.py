@@ -24,7 +24,7 @@ from benchmarks.cpu_cases import (
     TIMED,
     Entry,
 )
-from benchmarks.cpu_contenders import LIMIT, ContenderError, Reference, Workshop, distances
+from benchmarks.cpu_contenders import LIMIT, ContenderError, Reference, Workshop, distances, visible
 from benchmarks.cpu_timing import progress, with_times
 from benchmarks.forward_pass import make_step, with_adapters
 from benchmarks.turns import take_turns, timed
@@ -47,7 +47,7 @@ def recompiles(base: PreTrainedModel, inductor: bool = True, count: int = LISTS)
     Dynamo's limit it runs eagerly. The base model stays out: its graphs would count against the same limit."""
     torch._dynamo.reset()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it says at length that PEFT has reached the limit
-    workshop, forward = Workshop(base, inductor), TIMED[3].entries[0].forward
+    workshop, forward = Workshop(base, inductor), visible(TIMED[3].entries[0].forward, base)
     lists = name_lists(forward.rows, len(forward.ranks), count)
     kinds = (LORAFX, PEFT, PEFT_COMPILED)
     steps = {kind: workshop.make(Entry(kind, kind, forward)).step for kind in kinds}
@@ -88,7 +88,7 @@ def recompiles(base: PreTrainedModel, inductor: bool = True, count: int = LISTS)
 
 def compile_seconds(base: PreTrainedModel) -> dict:
     """The first call, which makes one graph, less the second; nothing is read from Inductor's or Dynamo's caches."""
-    forward, seconds = TIMED[2].entries[0].forward, {}
+    forward, seconds = visible(TIMED[2].entries[0].forward, base), {}
     with torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))  # starts what compiles
         for kind in (BASE, LORAFX):

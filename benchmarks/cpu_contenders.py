@@ -17,8 +17,10 @@ import lorafx
 from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, LORAFX, MERGED, PEFT_COMPILED, POLYLORA, Entry
 from benchmarks.forward_pass import ALL, LLAMA_8B, TINY, Case, make_base, make_step, sharing, with_adapters
 
-# rel-L2 of a row's logits. Float32 itself is 7e-6 off at 30 layers; bfloat16's rounding is of another size.
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# rel-L2 of a row's logits. Float32 itself is 7e-6 off at 30 layers; two of them in bfloat16 were 7e-3 off, more than
+# adapters of a trained one's size change, so these have to be stronger there to be seen.
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+STRENGTH = {torch.float32: 0.1, torch.bfloat16: 4.0}
 
 
 class ContenderError(Exception):
@@ -42,7 +44,10 @@ def load_base(name: str, layers: int | None, dtype: torch.dtype) -> PreTrainedMo
         return make_base(layers or 2, TINY, "cpu", dtype, vocabulary=256)
     from demo.model import load
 
-    model, _ = load(dtype)
+    model, _ = load()  # float32: transformers would keep another dtype's weights packed as they are in the file
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     if layers is not None:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = len(model.model.layers)
@@ -58,6 +63,11 @@ def nbytes_of(model: nn.Module) -> int:
 
 def available(kind: str) -> bool:
     return kind != POLYLORA or importlib.util.find_spec("polylora") is not None
+
+
+def visible(forward: Case, base: PreTrainedModel) -> Case:
+    """With adapters that change the logits by more than rounding does."""
+    return replace(forward, strength=STRENGTH[base.dtype])
 
 
 def peft_names(forward: Case) -> dict[str, list[str]]:
@@ -147,7 +157,7 @@ class Reference:
             exact = with_adapters(copy.deepcopy(base), forward).double()  # drawn in float32 first, as the others are
             self.adapted = make_step(exact, forward, **peft_names(forward), **more)()
             weakest = distances(self.adapted, self.base)[self.rows].min().item()
-            if weakest < 2 * self.limit:
+            if weakest < 1.5 * self.limit:
                 raise ContenderError(f"an adapter changes the logits by {weakest:.1e} only; too little to see it lost")
 
     def check(self, entry: Entry, logits: Tensor) -> float:

@@ -6,13 +6,14 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.cpu_cases import Timed, too_slow
-from benchmarks.cpu_contenders import Reference, Workshop, adapter_bytes, available, nbytes_of
+from benchmarks.cpu_contenders import Reference, Workshop, adapter_bytes, available, nbytes_of, visible
 from benchmarks.turns import quartiles, ratios, take_turns, timed
 
 
@@ -30,7 +31,11 @@ def measure(case: Timed, base: PreTrainedModel, rounds: int, inductor: bool = Tr
     workshop = Workshop(base, inductor)
     layers = len(base.model.layers)
     left_out = [entry for entry in case.entries if inductor and not slow and too_slow(entry, layers)]
-    entries = [entry for entry in case.entries if available(entry.kind) and entry not in left_out]
+    entries = [
+        replace(entry, forward=visible(entry.forward, base))
+        for entry in case.entries
+        if available(entry.kind) and entry not in left_out
+    ]
     references = {forward: Reference(base, forward) for forward in dict.fromkeys(entry.forward for entry in entries)}
     steps: dict[str, Callable[..., Tensor]] = {}
     rows = []

@@ -24,7 +24,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "n
 class Case:
     """rows: of the batch; tokens: 1 decodes behind a static cache, more prefills without one; ranks: of the adapters,
     dealt to the rows in turn, none: the base model; targets: layers adapted; adapter_dtype: PEFT's default is
-    float32; cache: positions of the static cache"""
+    float32; cache: positions of the static cache; strength: what B's random numbers are multiplied by"""
 
     rows: int
     tokens: int
@@ -33,6 +33,7 @@ class Case:
     adapter_dtype: torch.dtype = torch.float32
     in_use: int | None = None  # of the adapters, the first so many; None: all
     cache: int = 1024
+    strength: float = 0.1  # B as small as a trained one, so that the logits stay in range
 
     @property
     def names(self) -> list[str | None]:
@@ -82,8 +83,8 @@ def with_adapters(base: PreTrainedModel, case: Case) -> PeftModel:
             model.add_adapter(f"a{i}", config, autocast_adapter_dtype=upcast)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if "lora_B" in name:  # as small as a trained one, so that the logits stay in range
-            parameter.mul_(0.1)
+        if "lora_B" in name:
+            parameter.mul_(case.strength)
     return model.eval()
 
 

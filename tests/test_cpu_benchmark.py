@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import cpu, cpu_cases, cpu_compiling, cpu_report, cpu_timing, turns
 from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, LORAFX, MERGED, PEFT, PEFT_COMPILED, Entry, Target, Timed
-from benchmarks.cpu_contenders import ContenderError, Reference, Workshop, adapter_bytes, load_base
+from benchmarks.cpu_contenders import ContenderError, Reference, Workshop, adapter_bytes, load_base, visible
 from benchmarks.forward_pass import ALL, QKV, Case, with_adapters
 
 MIXED = Case(3, 1, (4, 8), QKV, cache=96)
@@ -107,9 +107,13 @@ def test_what_computes_something_else_is_not_timed(base, kind):
         reference.check(Entry(other, other, MIXED), good)
 
 
-def test_one_lost_adapter_is_seen(base):
-    reference, entry = Reference(base, MIXED), Entry(LORAFX, LORAFX, MIXED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_lost_adapter_is_seen(dtype):
+    base = load_base("tiny", None, dtype)
+    entry = Entry(LORAFX, LORAFX, visible(MIXED, base))
+    reference = Reference(base, entry.forward)
     model = Workshop(base, inductor=False).make(entry)
+    reference.check(entry, model.step())
     one_lost = model.step(adapter_names=["a0", "a1", None])
     with pytest.raises(ContenderError):
         reference.check(entry, one_lost)
