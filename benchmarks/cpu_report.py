@@ -64,7 +64,7 @@ def memory_table(results: dict[int, dict]) -> list[str]:
             above = row["bytes"] - row["base_bytes"]
             extra = f"{above - row['adapter_bytes']:,}" if above else ""
             lines.append(f"| {number} | {row['contender']} | {row['bytes']:,} | {above:,} | {extra} |")
-    return lines
+    return lines if len(lines) > 1 else []
 
 
 def plot(results: dict[int, dict], title: str, path: Path) -> None:
