@@ -44,8 +44,8 @@ def kernel_cases(quick: bool) -> Iterator:
 
 
 def model_cases(quick: bool) -> Iterator:
+    from benchmarks.forward_pass import ALL, QKV, Case
     from benchmarks.gpu_kernels import MIXED
-    from benchmarks.gpu_model import ALL, QKV, Case
 
     yield Case(1, 1, (16,), QKV)
     yield Case(1, 1, (16,), ALL)
@@ -95,7 +95,8 @@ def show_kernels(quick: bool) -> Iterator[dict]:
 
 
 def show_models(layers: int, quick: bool) -> Iterator[dict]:
-    from benchmarks.gpu_model import LLAMA_8B, make_base, measure
+    from benchmarks.forward_pass import LLAMA_8B, make_base
+    from benchmarks.gpu_model import measure
 
     torch._dynamo.config.recompile_limit = 64  # every contender is another model with the same forward
     base = make_base(layers, LLAMA_8B, "cuda", BF16)

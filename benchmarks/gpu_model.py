@@ -3,115 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import lorafx
 from benchmarks.cuda_timing import captured, medians
-
-QKV = ("q_proj", "k_proj", "v_proj")
-ALL = (*QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
-CACHE = 1024  # positions of the static cache
-SEEN = 64  # of them, already filled when a token is decoded
-
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """rows: of the batch; tokens: 1 decodes behind a static cache, more prefills without one; ranks: of the adapters,
-    dealt to the rows in turn, none: the base model; targets: layers adapted; adapter_dtype: PEFT's default is
-    float32"""
-
-    rows: int
-    tokens: int
-    ranks: tuple[int, ...]
-    targets: tuple[str, ...]
-    adapter_dtype: torch.dtype = torch.float32
-    in_use: int | None = None  # of the adapters, the first so many; None: all
-
-    @property
-    def names(self) -> list[str | None]:
-        """The adapter of each row."""
-        used = len(self.ranks) if self.in_use is None else self.in_use
-        return [f"a{i % used}" if used else None for i in range(self.rows)]
-
-    def __str__(self) -> str:
-        layers = {QKV: "q,k,v", ALL: "all seven"}.get(self.targets, ",".join(self.targets))
-        what = "decode" if self.tokens == 1 else f"prefill {self.tokens}"
-        ranks = f"r {self.ranks[0]}" if len(self.ranks) == 1 else f"{len(self.ranks)} adapters"
-        used = "" if self.in_use is None else f", {self.in_use} in use"
-        dtype = str(self.adapter_dtype).removeprefix("torch.")
-        return f"{what}, {self.rows} rows, {ranks} on {layers}{used}, {dtype}"
-
-
-def make_base(layers: int, sizes: dict[str, int], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Random weights; a small vocabulary, since the head has no part in this."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, num_hidden_layers=layers, max_position_embeddings=8192, **sizes)
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        try:
-            return LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` around the same parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def with_adapters(base: LlamaForCausalLM, case: Case) -> PeftModel:
-    """PEFT put on ``base``; every adapter changes what comes out."""
-    model = None
-    for i, rank in enumerate(case.ranks):
-        torch.manual_seed(i + 1)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(case.targets), init_lora_weights=False)
-        upcast = case.adapter_dtype == torch.float32
-        if model is None:
-            model = get_peft_model(base, config, "a0", autocast_adapter_dtype=upcast)
-        else:
-            model.add_adapter(f"a{i}", config, autocast_adapter_dtype=upcast)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if "lora_B" in name:  # as small as a trained one, so that the logits stay in range
-            parameter.mul_(0.1)
-    return model.eval()
-
-
-def make_step(model: nn.Module, case: Case, **names: Sequence[str | None]) -> Callable[[], Tensor]:
-    """One forward pass of ``case``, always the same; returns the logits. ``names``: adapter_names, if it takes any."""
-    embedding = next(model.parameters())
-    device, dtype = embedding.device, embedding.dtype
-    ids = torch.randint(0, 4096, (case.rows, case.tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    kwargs = {"input_ids": ids, "use_cache": False}
-    if case.tokens == 1:
-        cache = StaticCache(config=model.config, max_cache_len=CACHE)
-        config = model.config
-        cache.early_initialization(
-            case.rows, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, dtype, device
-        )
-        generator = torch.Generator(device).manual_seed(0)
-        for layer in cache.layers:
-            for part in (layer.keys, layer.values):  # drawn in one dtype, so that the reference sees the same
-                part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.bfloat16, device=device))
-        kwargs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    seen = [layer.cumulative_length for layer in kwargs["past_key_values"].layers] if case.tokens == 1 else []
-
-    def step() -> Tensor:
-        for length in seen:
-            length.fill_(SEEN)
-        with torch.no_grad():
-            return model(**kwargs, **names).logits
-
-    return step
+from benchmarks.forward_pass import Case, make_step, sharing, with_adapters
 
 
 def contenders(base: LlamaForCausalLM, case: Case) -> dict[str, Callable[[], Tensor]]:

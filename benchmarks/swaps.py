@@ -12,7 +12,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafx
+from benchmarks.turns import take_turns, timed
 from lorafx.adapters import AdapterWeights
 from lorafx.runtime import runtime_of
 
@@ -37,24 +38,6 @@ def model() -> LlamaForCausalLM:
         num_key_value_heads=3,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def take_turns(contenders: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, in another order every round; the first rounds are not counted."""
-    names, seconds = list(contenders), {name: [] for name in contenders}
-    for i in range(-3, rounds):
-        random.shuffle(names)
-        for name in names:
-            spent = contenders[name](i)
-            if i >= 0:
-                seconds[name].append(spent)
-    return seconds
-
-
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def show(title: str, seconds: Mapping[str, list[float]], unit: str, against: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, gpu_model
+from benchmarks import forward_pass, gpu, gpu_kernels, gpu_model
 from benchmarks.gpu_kernels import Case, Data
 
 
@@ -54,10 +54,10 @@ def test_models_of_the_benchmark(monkeypatch):
     """A tiny model on a CPU: every contender runs, and each is as near to PEFT in float64 as PEFT is."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
-    base = gpu_model.make_base(2, gpu_model.TINY, "cpu", torch.bfloat16)
+    base = forward_pass.make_base(2, forward_pass.TINY, "cpu", torch.bfloat16)
     for case in (
-        gpu_model.Case(4, 1, (4, 8, 16), gpu_model.ALL),
-        gpu_model.Case(2, 7, (8,), gpu_model.QKV, torch.bfloat16),
+        forward_pass.Case(4, 1, (4, 8, 16), forward_pass.ALL),
+        forward_pass.Case(2, 7, (8,), forward_pass.QKV, torch.bfloat16),
     ):
         steps = gpu_model.contenders(base, case)
         found = gpu_model.errors(base, case, {name: step().clone() for name, step in steps.items()})
