@@ -1,4 +1,4 @@
-"""Finds stretches of a graph that are the same work again and again, on other values: the layers of a model. Reads only.
+"""Finds stretches of a graph that are the same work on other values: the layers of a model. Reads, never writes.
 
     embed  n l a m | n l a m | n l a m | n l a m  norm head        ->   Repeat(start=1, period=4, count=4)
 

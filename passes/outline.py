@@ -9,13 +9,13 @@ returns, in order. A step says which of them it reads.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafx.passes.find_repeats import MINIMUM, Repeat, Rows, find_repeats, reads
 from lorafx.passes.graph_reading import argument
@@ -68,7 +68,7 @@ class Plan:
     repeats: int = 0
 
 
-class NoOutline(Exception):  # noqa: N818  (a reason, not an error)
+class NoOutline(Exception):
     """Why a graph is better compiled whole."""
 
 
@@ -90,6 +90,9 @@ def outline(gm: fx.GraphModule, inputs: Sequence[Any], minimum: int = MINIMUM) -
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise NoOutline(f"a node can't be run on fake values: {error}") from error
     rows = Rows(gm.graph, values)
+    shared = Counter(key for node in gm.graph.find_nodes(op="placeholder") for key in values.storages(node))
+    if any(shared[key] > 1 for key in rows.writes):
+        raise NoOutline("inputs share memory that is written to")  # AOTAutograd guards on that, by their sources
     repeats = find_repeats(rows, minimum)
     if not repeats:
         raise NoOutline(f"nothing in it repeats {minimum} times")
