@@ -112,12 +112,24 @@ def compile_one(contender: str, layers: int) -> dict[str, float]:
         mock.patch.object(backend, "run_passes", counted(backend.run_passes)),
         mock.patch.object(outlined, "outline", counted(outlined.outline)),
     ):
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), cpu_seconds()
         decoder.step()
-        seconds = time.perf_counter() - start
+        seconds, spent = time.perf_counter() - start, cpu_seconds() - spent
     runtime = runtime_of(decoder.model)
     graph = runtime.graphs[-1] if runtime is not None else None
-    return {"seconds": seconds, "passes": passes, "shared": graph.outlined if graph is not None else 0}
+    return {
+        "seconds": seconds,
+        "cpu": spent,
+        "inductor": graph.seconds if graph is not None else 0.0,
+        "passes": passes,
+        "shared": graph.outlined if graph is not None else 0,
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and the compilers that it ran: what other work on the machine changes little."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def decode(layers: int, rounds: int) -> dict[str, Any]:
@@ -158,14 +170,17 @@ def report(layers: int, rounds: int) -> None:
     for name in CONTENDERS:
         told[name] = in_process(name, layers, None)
         row = told[name]
-        ratio = f"{row['seconds'] / told['whole']['seconds']:6.2f} x whole" if "whole" in told else ""
-        own = f"  our passes {row['passes']:.2f} s, {row['passes'] / row['seconds']:.1%}" if name != "base" else ""
-        print(f"  {name:10} {row['seconds']:8.1f} s  {ratio:14}{own}  {row['shared']} layers shared", flush=True)
+        line = f"  {name:10} {row['seconds']:7.1f} s, of CPU time {row['cpu']:7.1f} s"
+        if name != "base":
+            ratios = [row[key] / told["whole"][key] for key in ("seconds", "cpu", "inductor")]
+            line += f", in Inductor {row['inductor']:7.1f} s; to whole {' '.join(f'{r:.2f}' for r in ratios)}"
+            line += f"; our passes {row['passes']:.2f} s ({row['passes'] / row['seconds']:.1%}); {row['shared']} shared"
+        print(line, flush=True)
     print("with caches: the first process, the second")
     for name in CONTENDERS[1:]:
         with tempfile.TemporaryDirectory() as folder:
-            cold, warm = (in_process(name, layers, folder)["seconds"] for _ in range(2))
-        print(f"  {name:10} {cold:8.1f} s {warm:8.1f} s", flush=True)
+            cold, warm = (in_process(name, layers, folder) for _ in range(2))
+        print(f"  {name:10} {cold['seconds']:7.1f} s {warm['seconds']:7.1f} s, in Inductor {warm['inductor']:.1f} s")
     row = in_process("decode", layers, None, rounds)
     print(
         f"decode, for a token: whole {row['whole'] * 1e3:.2f} ms, outlined {row['outlined'] * 1e3:.2f} ms,"

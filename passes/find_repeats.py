@@ -24,6 +24,7 @@ from lorafx.passes.graph_values import Values, is_bank_view
 from lorafx.passes.memory import is_in_place, written_by
 
 MINIMUM = 4  # repeats: below that, compiling parts apart gains too little
+SPARED = 8  # at least one node in so many is compiled no more: a mask made in equal steps is not worth a part
 PERIODS = 12  # distances tried
 CUTS = 8  # places tried for each distance
 
@@ -139,7 +140,7 @@ def find_repeats(rows: Rows, minimum: int = MINIMUM) -> list[Repeat]:
     while gaps:
         start, stop = gaps.pop()
         best = _best(rows, start, stop, minimum)
-        if best is not None:
+        if best is not None and (best.count - 1) * best.period * SPARED >= len(rows.nodes):
             found.append(best)
             gaps += [(start, best.start), (best.stop, stop)]
     return sorted(found, key=lambda repeat: repeat.start)
