@@ -160,12 +160,13 @@ def _best(rows: Rows, start: int, stop: int, minimum: int) -> Repeat | None:
 
 def _stretches(signatures: Sequence[int], start: int, stop: int, minimum: int) -> list[tuple[int, int, int]]:
     """(first, last, period) of stretches alike node by node, the ones that spare most first."""
-    seen: dict[int, int] = {}
+    seen: dict[int, tuple[int, ...]] = {}
     distances: Counter[int] = Counter()
     for i in range(start, stop):
-        if (before := seen.get(signatures[i])) is not None:
-            distances[i - before] += 1
-        seen[signatures[i]] = i
+        # to the one before last too: layers of two kinds in turn have most of their nodes in common
+        before = seen.get(signatures[i], ())
+        distances.update(i - j for j in before)
+        seen[signatures[i]] = (i, *before[:1])
     found = []
     for period, _ in distances.most_common(PERIODS):
         run = 0
@@ -263,7 +264,8 @@ def _kind(value: Any, symbols: list[Any]) -> Any:
     def plain(size: Any) -> Any:
         if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             found = sorted(size.node.expr.free_symbols, key=str)
-            symbols.extend(found)
+            if isinstance(size, torch.SymInt):
+                symbols.extend(found)
             return str(size.node.expr.xreplace({symbol: type(symbol)(f"_{i}") for i, symbol in enumerate(found)}))
         return size
 

@@ -120,7 +120,7 @@ def test_layers_of_two_kinds_in_turn(tmp_path, parts):
     inputs = family.inputs(len(NAMES))
     model = lorafx.compile(family.build(layers), folders)
     assert_close(run(model, inputs, NAMES), run(with_peft(family.build(layers), folders), inputs, NAMES))
-    assert shared(model)[0] >= 3
+    assert shared(model)[0] == layers // 2 - 1
 
 
 def test_encoder_and_decoder(tmp_path, parts):
@@ -169,8 +169,9 @@ def test_shapes(dynamic, folders, reference, parts):
     for columns in (5, 9, 12):
         inputs = {"input_ids": tokens(4, columns)}
         assert_close(run(model, inputs, NAMES), run(reference, inputs, NAMES))
-    assert all(shared(model))
     assert len(shared(model)) == (1 if dynamic else 3)
+    if not dynamic:  # where all sizes are symbols, floats are too, and these don't go from part to part
+        assert all(shared(model))
 
 
 def test_hidden_states_of_all_layers(folders, reference, parts):
