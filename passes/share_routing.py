@@ -5,7 +5,7 @@
                                                                      o = lorafx.routed_lora(..., w, "aten")
 
 ``w`` depends on sizes alone, and is made where the first value with as many rows is, so that the first layer is like
-the others. Layers whose input has another leading size (an encoder beside a decoder, flattened tokens) get another ``w``.
+the others. Layers whose input has another leading size (an encoder beside a decoder, flattened tokens) get another.
 """
 
 from __future__ import annotations

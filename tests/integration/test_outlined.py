@@ -170,8 +170,7 @@ def test_shapes(dynamic, folders, reference, parts):
         inputs = {"input_ids": tokens(4, columns)}
         assert_close(run(model, inputs, NAMES), run(reference, inputs, NAMES))
     assert len(shared(model)) == (1 if dynamic else 3)
-    if not dynamic:  # where all sizes are symbols, floats are too, and these don't go from part to part
-        assert all(shared(model))
+    assert all(shared(model))
 
 
 def test_hidden_states_of_all_layers(folders, reference, parts):
