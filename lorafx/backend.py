@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from lorafx import outlined
 from lorafx.bank import AdapterBank
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels.ops import LOWERINGS
@@ -34,8 +35,9 @@ class Options:
     """``options`` of ``lorafx.compile``: what is ours, and what goes on to Inductor."""
 
     lowering: str = "auto"
-    fold: bool = True
+    fold: bool = True  # on a CPU, the adapted layers' own products go into the fused op
     inductor: bool = True
+    outline: bool = True  # one compiled layer for all that are alike, where that can be done
     patches: dict[str, Any] | None = None
 
     @classmethod
@@ -47,6 +49,7 @@ class Options:
             raise LorafxError(f"got lowering {lowering!r}; expected one of {', '.join(LOWERINGS)}")
         fold = bool(rest.pop("fold", True))
         inductor = bool(rest.pop("inductor", True))
+        outline = bool(rest.pop("outline", True))
         if mode in (None, "default", "eager"):
             patches = {}
         else:
@@ -58,11 +61,11 @@ class Options:
         unknown = sorted(key for key in rest if key.replace("-", "_") not in known)
         if unknown:
             raise LorafxError(
-                f"unknown option {unknown[0]!r}; lorafx has lowering, fold and inductor, and"
+                f"unknown option {unknown[0]!r}; lorafx has lowering, fold, inductor and outline, and"
                 " torch._inductor.list_options() lists Inductor's"
             )
         patches.update({key.replace("-", "_"): value for key, value in rest.items()})
-        return cls(lowering, fold, inductor, patches)
+        return cls(lowering, fold, inductor, outline, patches)
 
 
 @dataclass
@@ -75,6 +78,7 @@ class GraphRecord:
     parameters: Mapping[int, nn.Parameter]  # those it reads that are still there, by id
     before: str  # code of the graph as traced
     after: str  # and as fused
+    outlined: int = 0  # layers that run what was compiled for another one
 
 
 recent: deque[GraphRecord] = deque(maxlen=64)  # of torch.compile(backend="lorafx"), which has no bank to ask
@@ -102,11 +106,10 @@ def compile_graph(
         routing = bank.routing()
         inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
     if options.inductor:
-        from torch._inductor.compile_fx import compile_fx
-
-        compiled = compile_fx(rewritten, list(inputs), config_patches=options.patches or None)
+        compile_ = outlined.compile_outlined if options.outline else outlined.compile_alone
+        compiled, repeats = compile_(rewritten, inputs, options.patches)
     else:
-        compiled = rewritten.forward
+        compiled, repeats = rewritten.forward, 0
     identity = torch._guards.CompileContext.current_compile_id()
     keep(
         GraphRecord(
@@ -116,6 +119,7 @@ def compile_graph(
             WeakValueDictionary({id(value): value for value in inputs if isinstance(value, nn.Parameter)}),
             traced,
             rewritten.print_readable(print_output=False),
+            repeats,
         )
     )
     log.info(

@@ -66,6 +66,7 @@ class Report:
                 {
                     "seconds": round(graph.seconds, 3),
                     "groups": len(graph.passes.groups),
+                    "outlined": graph.outlined,
                     "ops_before": dict(graph.passes.before),
                     "ops_after": dict(graph.passes.after),
                 }
@@ -94,6 +95,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+        if shared := sum(graph.outlined for graph in self.graphs):
+            lines.append(f"{shared} layer(s) run what was compiled for another one like them")
         if self.uncompiled:
             lines.append(f"uncompiled now: {self.uncompiled}")
         if self.groups:

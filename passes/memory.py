@@ -41,7 +41,7 @@ class Timeline:
             return False
         writers = [node for node in self._writers if start < self.order[node] < stop]
         memory = set().union(*map(memory_of, read)) if writers else set()
-        return not any(memory & memory_of(target) for node in writers for target in _written(node))
+        return not any(memory & memory_of(target) for node in writers for target in written_by(node))
 
     def owns(self, node: fx.Node, writer: fx.Node) -> bool:
         """Whether nobody sees what ``writer`` writes into ``node`` but those who read ``writer`` itself."""
@@ -118,7 +118,7 @@ def _is_fresh(node: fx.Node) -> bool:
     return is_function(node, FRESH) and not is_in_place(node)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that ``node``, which is in place, changes."""
     if isinstance(node.target, torch._ops.OpOverload):
         names = [arg.name for arg in node.target._schema.arguments]

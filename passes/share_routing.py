@@ -4,7 +4,8 @@
     o = lorafx.routed_lora(..., slots, ..., None, "aten")       ->   q, v = lorafx.routed_lora(..., w, "aten")
                                                                      o = lorafx.routed_lora(..., w, "aten")
 
-Layers whose input has another leading size (an encoder beside a decoder, flattened tokens) get another ``w``.
+``w`` depends on sizes alone, and is made where the first value with as many rows is, so that the first layer is like
+the others. Layers whose input has another leading size (an encoder beside a decoder, flattened tokens) get another.
 """
 
 from __future__ import annotations
@@ -30,12 +31,25 @@ def share_routing(gm: fx.GraphModule, context: PassContext) -> int:
             continue
         rows = str(x.shape[0])
         if rows not in made:
-            with gm.graph.inserting_before(node):
-                # all slots, not this group's: only the table's first size is read
-                made[rows] = gm.graph.call_function(
-                    torch.ops.lorafx.row_weights.default,
-                    tuple(node.args[i] for i in (X, SLOTS, WEIGHTS, COUNT, WINDOWS)),
-                )
+            made[rows] = _row_weights(gm, node, rows)
         node.update_arg(SPREAD, made[rows])
         done += 1
     return done
+
+
+def _row_weights(gm: fx.GraphModule, node: fx.Node, rows: str) -> fx.Node:
+    """For all groups with so many rows, of which ``node`` is the first."""
+    like = next(one for one in gm.graph.nodes if one is node.args[X] or _has_rows(one, rows))
+    windows = node.args[WINDOWS]
+    while windows.op != "placeholder":  # only its first size is read, which is the whole table's too
+        windows = windows.all_input_nodes[0]
+    behind = like if like.op != "placeholder" else gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(behind):
+        return gm.graph.call_function(
+            torch.ops.lorafx.row_weights.default, (like, *(node.args[i] for i in (SLOTS, WEIGHTS, COUNT)), windows)
+        )
+
+
+def _has_rows(node: fx.Node, rows: str) -> bool:
+    value = example(node)
+    return value is not None and value.dim() > 1 and str(value.shape[0]) == rows
