@@ -18,6 +18,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -30,6 +31,7 @@ constexpr int64_t COLUMNS = 128;       // of a tile of the output
 constexpr int64_t TOKENS = 32;         // of a tile: 16 KiB of float32, which the first-level cache holds
 constexpr int64_t UNIT = 16;           // columns that one thread gets at least
 constexpr int64_t LANES = 4;           // rank rows that one thread gets at least
+constexpr int64_t AHEAD = 2;           // blocks of rows to fetch before they are needed
 constexpr int64_t SMALL = 32 * 1024;   // multiplications that aren't worth waking another thread for
 
 // ------------------------------------------------------------------------------------------------ vectors
@@ -113,7 +115,10 @@ inline void dots(const float* const* x, const T* m, int64_t stride, int64_t k, f
   int64_t at = 0;
   for (; at + WIDTH <= k; at += WIDTH) {
     vec rows[J];
-    for (int j = 0; j < J; ++j) rows[j] = load(m + j * stride + at);
+    for (int j = 0; j < J; ++j) {
+      rows[j] = load(m + j * stride + at);
+      __builtin_prefetch(m + (AHEAD * J + j) * stride + at);  // of a matrix that comes from memory, row after row
+    }
     for (int r = 0; r < R; ++r) {
       vec xs = load(x[r] + at);
       for (int j = 0; j < J; ++j) acc[j][r] += rows[j] * xs;
@@ -433,7 +438,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
-std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, std::vector<Tensor> biases, Tensor x,
+std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, std::vector<std::optional<Tensor>> biases, Tensor x,
                            std::vector<Tensor> a, std::vector<Tensor> b, std::vector<int64_t> caps, Tensor slots,
                            Tensor weights, Tensor count, Tensor scale, Tensor windows) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous(), "lorafx: x must be contiguous, with a batch dimension");
@@ -443,6 +448,7 @@ std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, s
   for (const Tensor& t : layers)
     STD_TORCH_CHECK(t.stride(1) == 1 && t.size(1) == k && t.scalar_type() == x.scalar_type(),
                     "lorafx: a layer's weight must be of x's dtype, [out, in], its rows contiguous");
+  STD_TORCH_CHECK(layers.size() == biases.size(), "lorafx: expected a bias, or none, for each layer");
   for (const Tensor& t : a)
     STD_TORCH_CHECK(t.size(1) == k && t.scalar_type() == b[0].scalar_type(), "lorafx: a and b must be of one dtype");
   for (size_t i = 0; i < ys.size(); ++i)
@@ -456,7 +462,7 @@ std::vector<Tensor> routed(std::vector<Tensor> ys, std::vector<Tensor> layers, s
   const bool ours = tokens <= FEW_TOKENS;
   int64_t row = 0;
   for (size_t i = 0; i < caps.size(); ++i) {
-    const Tensor* bias = biases.empty() ? nullptr : &biases[i];
+    const Tensor* bias = layers.empty() || !biases[i] ? nullptr : &*biases[i];
     if (!layers.empty() && !ours) {
       outs.push_back(linear(x, layers[i], bias));  // and what is added is added in place: nothing else reads it
     } else {

@@ -50,7 +50,7 @@ def routed_lora(
     scale: Tensor,
     windows: Tensor,
     layers: list[Tensor],
-    biases: list[Tensor],
+    biases: list[Tensor | None],
 ) -> list[Tensor]:
     """See ``ops.py`` for every argument.
 

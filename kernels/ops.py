@@ -26,7 +26,7 @@ A LoRA bias (PEFT's ``lora_bias``) is a further row at the end of ``b[i]``, whos
 has an entry of its own in ``owner``, which so holds ``sum(len(b[i]))`` entries, sibling after sibling.
 
 ``layers`` are the siblings' own weights ``[out, in]``, where a pass has folded them into the op (``biases``: theirs,
-one for each or none at all). There is no ``ys`` then: it is ``x @ layers[i].T + biases[i]``.
+each a tensor or None). There is no ``ys`` then: it is ``x @ layers[i].T + biases[i]``.
 
 ``spread`` is what ``lorafx::row_weights`` made of the routing, once for all groups of a graph; only the ATen lowering
 reads it, and makes it itself where it is not given.
@@ -52,10 +52,10 @@ _library.define(
 _library.define(
     "routed_lora(Tensor[] ys, Tensor x, Tensor[] a, Tensor[] b, int[] caps, Tensor slots, Tensor weights, Tensor count,"
     " Tensor owner, Tensor scale, Tensor windows, Tensor? spread, str lowering, Tensor[]? layers=None,"
-    " Tensor[]? biases=None) -> Tensor[]"
+    " Tensor?[]? biases=None) -> Tensor[]"
 )
 _library.define(
-    "routed_cpp(Tensor[] ys, Tensor[] layers, Tensor[] biases, Tensor x, Tensor[] a, Tensor[] b, int[] caps,"
+    "routed_cpp(Tensor[] ys, Tensor[] layers, Tensor?[] biases, Tensor x, Tensor[] a, Tensor[] b, int[] caps,"
     " Tensor slots, Tensor weights, Tensor count, Tensor scale, Tensor windows) -> Tensor[]"
 )
 _library.define("row_weights(Tensor x, Tensor slots, Tensor weights, Tensor count, Tensor windows) -> Tensor")
@@ -102,16 +102,16 @@ def _routed_lora(
     spread: Tensor | None,
     lowering: str,
     layers: list[Tensor] | None = None,
-    biases: list[Tensor] | None = None,
+    biases: list[Tensor | None] | None = None,
 ) -> list[Tensor]:
     layers, biases = layers or [], biases or []
     lowering = resolve_lowering(lowering, x, *ys, *a, *b)
-    if _needs_grad(x, *ys, *a, *b, *layers, *biases):
+    if _needs_grad(x, *ys, *a, *b, *layers, *(c for c in biases if c is not None)):
         lowering = "aten"
     if lowering == "cpp" and all(y.dtype == x.dtype for y in ys):
         return cpp.routed_lora(ys, x, a, b, caps, slots, weights, count, scale, windows, layers, biases)
     if layers:
-        ys = [F.linear(x, w, c) for w, c in zip(layers, biases or [None] * len(layers), strict=True)]
+        ys = [F.linear(x, w, c) for w, c in zip(layers, biases, strict=True)]
     if lowering in ("aten", "cpp"):
         if spread is None:
             spread = aten.row_weights(x, slots, weights, count, windows)

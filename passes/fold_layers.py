@@ -1,11 +1,10 @@
 """Folds the siblings' own layers into the fused op, where the lowering is C++, which then writes each output once.
 
-    q0 = linear(x, Wq)                                              q, k = lorafx.routed_lora([], x, ..., [Wq, Wk], [])
-    k0 = linear(x, Wk)                                      ->
-    q, k = lorafx.routed_lora([q0, k0], x, ..., "cpp", None, None)
+    q0 = linear(x, Wq, bias)                            q, k = lorafx.routed_lora([], x, ..., [Wq, Wk], [bias, None])
+    k0 = linear(x, Wk)                          ->
+    q, k = lorafx.routed_lora([q0, k0], x, ...)
 
-All of a group's layers or none: each a linear layer of the same ``x`` and dtype, whose output nobody else reads, with
-biases on all or on none.
+All of a group's layers or none: each a linear layer of the same ``x`` and dtype, whose output nobody else reads.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
         if layers is None:
             continue
         weights = [layer.weight.node for layer in layers]
-        biases = [layer.bias.node for layer in layers if layer.bias is not None]
+        biases = [layer.bias.node if layer.bias is not None else None for layer in layers]
         node.args = ([], *node.args[1 : LOWERING + 1], weights, biases)
         folded += len(layers)
     context.record.folded = folded
@@ -46,9 +45,7 @@ def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
 def find_layers(gm: fx.GraphModule, timeline: Timeline, node: fx.Node) -> list[Linear] | None:
     """What computed the base outputs that ``node`` takes, if all of it can be folded."""
     layers = [_layer(gm, timeline, node, y) for y in node.args[YS]]
-    if None in layers or len({layer.bias is None for layer in layers}) != 1:
-        return None
-    return layers
+    return None if None in layers else layers
 
 
 def _layer(gm: fx.GraphModule, timeline: Timeline, node: fx.Node, y: fx.Node) -> Linear | None:
