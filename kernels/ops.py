@@ -179,9 +179,10 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-_library.impl("row_weights", aten.row_weights, "CompositeImplicitAutograd")
-_library.impl("routed_lora", _routed_lora, "CompositeImplicitAutograd")
-_library.impl("fused_lora", _fused_lora, "CompositeImplicitAutograd")
+# Called by a layer that runs eagerly inside a compiled model, these would be compiled by Dynamo too, for each shape.
+_library.impl("row_weights", torch.compiler.disable(aten.row_weights), "CompositeImplicitAutograd")
+_library.impl("routed_lora", torch.compiler.disable(_routed_lora), "CompositeImplicitAutograd")
+_library.impl("fused_lora", torch.compiler.disable(_fused_lora), "CompositeImplicitAutograd")
 
 
 def _routed_cpp_fake(ys, layers, biases, x, a, b, *rest):

@@ -47,7 +47,14 @@ def expected(model: Flattening, tensors: dict[str, Tensor] | None, x: Tensor) ->
     return layer("down", layer("up", x.double()).tanh())
 
 
-@pytest.mark.parametrize("how", [{"mode": "eager"}, {"options": {"inductor": False}}], ids=["eager", "graph"])
+HOW = {
+    "eager": {"mode": "eager"},
+    "graph": {"options": {"inductor": False}},
+    "graph, aten": {"options": {"inductor": False, "lowering": "aten"}},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
 def test_each_row_keeps_its_adapter(how: dict) -> None:
     torch.manual_seed(0)
     model, x = Flattening().eval(), torch.randn(ROWS, TOKENS, 8)
@@ -58,5 +65,5 @@ def test_each_row_keeps_its_adapter(how: dict) -> None:
         got = compiled(x, adapter_names=NAMES)
     for mine, right in zip(got.double(), want, strict=True):
         assert (mine - right).norm() <= 1e-6 * right.norm()
-    if "options" in how:
+    if how is HOW["graph, aten"]:
         assert lorafx.explain(compiled).graphs[0].passes.after["lorafx.row_weights"] == 2
