@@ -13,6 +13,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -23,6 +25,8 @@
 
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -46,40 +50,17 @@ constexpr int WIDTH = 4;
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 
-struct bf16 {
-  uint16_t bits;
-};
-typedef _Float16 f16;
-
-inline float to_float(float v) { return v; }
-inline float to_float(f16 v) { return static_cast<float>(v); }
-inline float to_float(bf16 v) {
-  uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
-  float out;
-  std::memcpy(&out, &wide, 4);
-  return out;
-}
-
-inline void put(float* at, float v) { *at = v; }
-inline void put(f16* at, float v) { *at = static_cast<f16>(v); }
-inline void put(bf16* at, float v) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  at->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 inline vec load(const float* p) {
   vec out;
   std::memcpy(&out, p, sizeof(vec));
   return out;
 }
-inline vec load(const f16* p) {
-  typedef f16 half __attribute__((vector_size(2 * WIDTH)));
-  half v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, vec);
+inline vec load(const Half* p) {
+  vec out;
+  for (int i = 0; i < WIDTH; ++i) out[i] = static_cast<float>(p[i]);
+  return out;
 }
-inline vec load(const bf16* p) {
+inline vec load(const BFloat16* p) {
   typedef uint16_t half __attribute__((vector_size(2 * WIDTH)));
   typedef uint32_t whole __attribute__((vector_size(4 * WIDTH)));
   half v;
@@ -128,7 +109,7 @@ inline void dots(const float* const* x, const T* m, int64_t stride, int64_t k, f
     for (int r = 0; r < R; ++r) out[j][r] = sum<WIDTH>(reinterpret_cast<const float*>(&acc[j][r]));
   for (; at < k; ++at)
     for (int j = 0; j < J; ++j)
-      for (int r = 0; r < R; ++r) out[j][r] = __builtin_fmaf(to_float(m[j * stride + at]), x[r][at], out[j][r]);
+      for (int r = 0; r < R; ++r) out[j][r] = __builtin_fmaf(static_cast<float>(m[j * stride + at]), x[r][at], out[j][r]);
 }
 
 // `out[token][j] = x[token] . m[j]` for `tokens` rows of x and `count` rows of m, in blocks that fill the registers; the
@@ -175,7 +156,7 @@ template <int R, class T>
   for (int r = 0; r < R; ++r)
     for (int64_t lane = 0; lane < rank; ++lane)
       for (int64_t rest = c; rest < columns; ++rest)
-        tile[r][rest] = __builtin_fmaf(to_float(b[lane * stride + rest]), s[r][lane], tile[r][rest]);
+        tile[r][rest] = __builtin_fmaf(static_cast<float>(b[lane * stride + rest]), s[r][lane], tile[r][rest]);
 }
 
 // What depends on the dtype of a matrix, so that all else is compiled once.
@@ -200,17 +181,17 @@ constexpr Kind kind_of{
       for (int64_t r = 0; r < rows; ++r) add_products<1>(tile + r, s + r, matrix, stride, rank, columns);
     },
     [](const void* from, int64_t count, float* to) {
-      for (int64_t i = 0; i < count; ++i) to[i] = to_float(static_cast<const T*>(from)[i]);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(static_cast<const T*>(from)[i]);
     },
     [](const float* from, int64_t count, void* to) {
-      for (int64_t i = 0; i < count; ++i) put(static_cast<T*>(to) + i, from[i]);
+      for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i] = static_cast<T>(from[i]);
     }};
 
 const Kind& kind(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return kind_of<float>;
-    case ScalarType::BFloat16: return kind_of<bf16>;
-    case ScalarType::Half: return kind_of<f16>;
+    case ScalarType::BFloat16: return kind_of<BFloat16>;
+    case ScalarType::Half: return kind_of<Half>;
     default: STD_TORCH_CHECK(false, "lorafx: expected float32, bfloat16 or float16");
   }
 }

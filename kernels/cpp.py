@@ -83,7 +83,7 @@ def is_built() -> bool:
             try:
                 torch.ops.load_library(str(_library()))
                 _outcome = ""
-            except (OSError, subprocess.SubprocessError) as error:
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no compiler, no home, no room, ...
                 _outcome = _reason(error)
                 warnings.warn(
                     f"lorafx: the C++ kernel can't be compiled ({_outcome}), so the slower ATen lowering is used. It"

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor, fx
 
+from lorafx.kernels.fingerprint import fingerprint
 from lorafx.passes.outline import NoOutline, Part, Plan, Window, outline
 
 log = logging.getLogger("lorafx")
@@ -28,7 +30,9 @@ def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, 
     """``gm`` through Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(inputs), config_patches=patches or None)
+    tag = f"{torch.compiler.config.cache_key_tag} lorafx {fingerprint()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_fx(gm, list(inputs), config_patches=patches or None)
 
 
 def compile_alone(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> tuple[Callable, int]:
