@@ -66,6 +66,7 @@ class Report:
                 {
                     "seconds": round(graph.seconds, 3),
                     "groups": len(graph.passes.groups),
+                    "folded": graph.passes.folded,
                     "outlined": graph.outlined,
                     "ops_before": dict(graph.passes.before),
                     "ops_after": dict(graph.passes.after),
@@ -95,6 +96,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+        if folded := max((graph.passes.folded for graph in self.graphs), default=0):
+            lines.append(f"{folded} layer(s) of the model are computed inside the op that adapts them")
         if shared := sum(graph.outlined for graph in self.graphs):
             lines.append(f"{shared} layer(s) run what was compiled for another one like them")
         if self.uncompiled:

@@ -159,6 +159,8 @@ def test_groups_and_node_counts(case):
     folded = sum(graph.passes.folded for graph in report.graphs)
     transposed = case.name == "gpt2"  # its layers keep their weights [in, out]
     assert folded == (0 if transposed else len(adapted_layers(case.reference)))
+    assert sum(graph["folded"] for graph in report.to_dict()["graphs"]) == folded
+    assert ("computed inside the op" in str(report)) == (not transposed)
     after["linear"] += folded
     for op in ("linear", "addmm", "matmul", "bmm", "conv2d", "scaled_dot_product_attention"):
         assert after[op] == plain[op], op
