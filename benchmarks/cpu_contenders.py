@@ -17,9 +17,10 @@ import lorafx
 from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, LORAFX, MERGED, PEFT_COMPILED, POLYLORA, Entry
 from benchmarks.forward_pass import ALL, LLAMA_8B, TINY, Case, make_base, make_step, sharing, with_adapters
 
-# rel-L2 of a row's logits. Float32 itself is 7e-6 off at 30 layers; two of them in bfloat16 were 7e-3 off, more than
-# adapters of a trained one's size change, so these have to be stronger there to be seen.
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+# rel-L2 of a row's logits. Behind the random cache of one row in eight, the base model itself, run eagerly in float32,
+# was 1.2e-4 off at 30 layers; two of them in bfloat16 were 7e-3 off, more than adapters of a trained one's size change,
+# so these have to be stronger there to be seen.
+LIMIT = {torch.float32: 5e-4, torch.bfloat16: 0.03}
 STRENGTH = {torch.float32: 0.1, torch.bfloat16: 4.0}
 
 
