@@ -54,6 +54,8 @@ class Values:
 
     def _run(self, node: fx.Node, mode: FakeTensorMode) -> Any:
         def value_of(arg: fx.Node) -> Any:
+            if arg not in self._values:
+                raise RuntimeError(f"nothing is known of {arg.name}, which {node.name} reads")
             return self._values[arg]
 
         with mode, torch.no_grad():
