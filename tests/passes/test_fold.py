@@ -26,15 +26,10 @@ def graph(change: str) -> fx.GraphModule:
 
     x, other = value(g.placeholder("x"), 2, 4), value(g.placeholder("other"), 2, 4)
     weight = value(g.placeholder("w"), *((4, 3) if change == "transposed" else (3, 4)))
-    if change == "transposed":
-        used = value(g.call_method("t", (weight,)), 3, 4)
-    elif change == "cast":
-        used = value(g.call_method("float", (weight,)), 3, 4)
-    else:
-        used = weight
+    used = value(g.call_method("float", (weight,)), 3, 4) if change == "cast" else weight
     read = other if change == "another input" else x
     y = value(
-        g.call_function(F.linear, (read, used)),
+        g.call_function(torch.matmul if change == "transposed" else F.linear, (read, used)),
         2,
         3,
         dtype=torch.bfloat16 if change == "autocast" else x.meta["example_value"].dtype,
@@ -67,7 +62,7 @@ def test_a_plain_layer_goes_into_the_op():
 def test_others_stay(change):
     done, node = fold(change)
     assert done == 0
-    assert [y.target for y in node.args[0]] == [F.linear]
+    assert [y.target for y in node.args[0]] == [torch.matmul if change == "transposed" else F.linear]
 
 
 def test_the_switch():
