@@ -66,25 +66,40 @@ _library.define(
 
 
 def resolve_lowering(lowering: str, x: Tensor, *others: Tensor, op: str = "routed_lora") -> str:
-    """What is to be done for these tensors: a lowering other than ``"auto"``.
+    """What is to be done for these tensors: a lowering other than ``"auto"``. ``choose_lowering`` says why, too."""
+    return choose_lowering(lowering, x, *others, op=op)[0]
+
+
+def choose_lowering(lowering: str, x: Tensor, *others: Tensor, op: str = "routed_lora") -> tuple[str, str]:
+    """What is to be done for these tensors, and the reason in a few words.
 
     ``"auto"`` is Triton on a GPU, C++ on a CPU, and ATen elsewhere or where C++ can't be compiled. In double precision
     it is ATen, whatever was asked for: the kernels' sums are float32. C++ is for the op ``"routed_lora"`` alone.
 
     UnsupportedModelError: ``"cpp"`` was asked for, and can't be compiled, or on another device
     """
+    chosen, reason = lowering, "asked for"
     if lowering == "auto":
-        if x.device.type in ("cuda", "xpu"):
-            lowering = "triton"
-        else:
-            lowering = "cpp" if op == "routed_lora" and cpp.takes(x, *others) and cpp.is_built() else "aten"
-    if lowering == "cpp" and op != "routed_lora":
-        return "aten"
-    if lowering in ("triton", "cpp") and aten.accumulator(x, *others) == torch.float64:
-        return "aten"
-    if lowering == "cpp":
+        chosen, reason = _automatic(x, *others, op=op)
+    elif lowering == "cpp" and op != "routed_lora":
+        chosen, reason = "aten", "C++ is for adapters of a bank"
+    if chosen in ("triton", "cpp") and aten.accumulator(x, *others) == torch.float64:
+        return "aten", "double precision"
+    if chosen == "cpp":
         cpp.check(x.device)
-    return lowering
+    return chosen, reason
+
+
+def _automatic(x: Tensor, *others: Tensor, op: str) -> tuple[str, str]:
+    if x.device.type in ("cuda", "xpu"):
+        return "triton", "on a GPU"
+    if op != "routed_lora":
+        return "aten", "weights of the graph itself, on a CPU"
+    if aten.accumulator(x, *others) == torch.float64:
+        return "aten", "double precision"
+    if not cpp.takes(x, *others):
+        return "aten", f"{x.device.type}, {x.dtype}".replace("torch.", "")
+    return ("cpp", "on a CPU") if cpp.is_built() else ("aten", "no C++20 compiler")
 
 
 def _routed_lora(

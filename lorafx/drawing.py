@@ -1,100 +1,121 @@
-"""One layer's graph before and after, as Graphviz source. Graphviz draws it."""
+"""A layer before and after, side by side: as Graphviz source, and as SVG by Graphviz or, where it is not installed, by
+``layout.py``."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from lorafx.errors import LorafxError
-from lorafx.passes.record import FusedGroup
+from lorafx.layout import svg_of
+from lorafx.passes.record import Box, FusedGroup, Sketch
 
-BASE, LORA, FUSED = "#e8eef7", "#f7d9c4", "#cfe8cf"
+FILLS = {"base": "#dbe7f6", "lora": "#f9cfae", "fused": "#bfe3bf", "other": "#eeeeee", "edge": "#ffffff"}
+TIME_LIMIT = 60  # seconds that Graphviz may take
 
 
-def layer_dot(groups: Sequence[FusedGroup]) -> str:
-    """Every group of the first layer that has any; on the left as PEFT computes it, on the right as lorafx does."""
+def sketch_groups(groups: Sequence[FusedGroup]) -> tuple[Sketch, Sketch] | None:
+    """What modules alone tell of the first layer, where no graph was seen yet: its groups, side by side."""
     if not groups:
-        return 'digraph lorafx { label="nothing was fused" }'
+        return None
     layer = _layer(groups[0].parent)
     shown = [group for group in groups if _layer(group.parent) == layer]
-    lines = [
-        "digraph lorafx {",
-        '  rankdir=TB; node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=11];',
-        '  edge [color="#555555"]; fontname="Helvetica";',
-    ]
-    lines += _side("before", f"before: {layer or 'model'}", shown, _branch_before)
-    lines += _side("after", f"after: {layer or 'model'}", shown, _group_after)
-    return "\n".join([*lines, "}"])
+    before: list[Box] = []
+    after: list[Box] = []
+    for group in shown:
+        x = len(before)
+        before.append(Box("x", "edge", ()))
+        for branch in group.branches:
+            base = len(before)
+            before.append(Box(_label(branch), "base", (x,)))
+            for i, label in enumerate(("lora_A", "lora_B", "* scale")):
+                before.append(Box(label, "lora", (base + i if i else x,)))
+            before.append(Box("+", "lora", (base, base + 3)))
+        x = len(after)
+        after.append(Box("x", "edge", ()))
+        after += [Box(_label(branch), "base", (x,)) for branch in group.branches]
+        names = ", ".join(branch.name.rpartition(".")[2] for branch in group.branches)
+        after.append(Box(f"lorafx.{group.op}\n{names}", "fused", tuple(range(x, len(after)))))
+    return Sketch(layer, tuple(before)), Sketch(layer, tuple(after))
 
 
-def _side(name: str, label: str, groups: Sequence[FusedGroup], draw) -> list[str]:
-    lines = [f"  subgraph cluster_{name} {{", f'    label="{label}"; color="#bbbbbb";']
-    for i, group in reversed(list(enumerate(groups))):  # Graphviz draws the last one first
-        lines += [f"    {line}" for line in draw(f"{name}_{i}", group)]
-    return [*lines, "  }"]
-
-
-def _branch_before(prefix: str, group: FusedGroup) -> list[str]:
-    lines = [_node(f"{prefix}_x", "x", "#ffffff")]
-    for branch in group.branches:
-        short = branch.name.rpartition(".")[2]
-        at = f"{prefix}_{_safe(short)}"
-        lines += [
-            _node(f"{at}_base", f"{short}\\n{branch.in_features} -> {branch.out_features}", BASE),
-            _node(f"{at}_a", "lora_A", LORA),
-            _node(f"{at}_b", "lora_B", LORA),
-            _node(f"{at}_mul", "* scale", LORA),
-            _node(f"{at}_add", "+", LORA),
-            f"{prefix}_x -> {at}_base -> {at}_add;",
-            f"{prefix}_x -> {at}_a -> {at}_b -> {at}_mul -> {at}_add;",
-        ]
-    return lines
-
-
-def _group_after(prefix: str, group: FusedGroup) -> list[str]:
-    names = [branch.name.rpartition(".")[2] for branch in group.branches]
-    lines = [
-        _node(f"{prefix}_x", "x", "#ffffff"),
-        _node(f"{prefix}_lora", f"lorafx.{group.op}\\n{', '.join(names)}", FUSED),
-        f"{prefix}_x -> {prefix}_lora;",
-    ]
-    for branch, short in zip(group.branches, names, strict=True):
-        at = f"{prefix}_{_safe(short)}"
-        lines += [
-            _node(f"{at}_base", f"{short}\\n{branch.in_features} -> {branch.out_features}", BASE),
-            f"{prefix}_x -> {at}_base -> {prefix}_lora;",
-            _node(f"{at}_out", f"{short} out", "#ffffff"),
-            f"{prefix}_lora -> {at}_out;",
-        ]
-    return lines
-
-
-def _node(name: str, label: str, color: str) -> str:
-    return f'{name} [label="{label}", fillcolor="{color}"];'
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+def _label(branch) -> str:
+    return f"{branch.name.rpartition('.')[2]}\n{branch.in_features} → {branch.out_features}"
 
 
 def _layer(parent: str) -> str:
-    """The path up to and with the first number: ``model.layers.0``."""
     parts = parent.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else parent
 
 
-def write_svg(dot: str, path: Path) -> Path:
-    """LorafxError: the program ``dot`` is not there, or fails."""
+def titles(sketches: tuple[Sketch, Sketch], alike: int) -> tuple[str, str]:
+    """What stands above the two sides. alike: how many layers have such groups, this one included"""
+    layer = sketches[0].layer or "the model"
+    more = f" (and {alike - 1} more like it)" if alike > 1 else ""
+    return f"before: {layer}{more}", "after"
+
+
+def dot_of(sketches: tuple[Sketch, Sketch] | None, alike: int = 1) -> str:
+    """Graphviz source, each side a cluster. None: nothing was fused."""
+    if sketches is None:
+        return 'digraph lorafx { label="nothing was fused" }'
+    lines = [
+        "digraph lorafx {",
+        '  bgcolor="#ffffff"; rankdir=TB; ranksep=0.3; nodesep=0.2; fontname="Helvetica"; fontsize=12;',
+        '  node [shape=box, style="rounded,filled", color="#888888", fontname="Helvetica", fontsize=11];',
+        '  node [margin="0.1,0.05"];',
+        '  edge [color="#555555", arrowsize=0.7];',
+    ]
+    for side, sketch, title in zip(("before", "after"), sketches, titles(sketches, alike), strict=True):
+        lines += [f"  subgraph cluster_{side} {{", f'    label={_quoted(title)}; color="#bbbbbb";']
+        for i, box in enumerate(sketch.boxes):
+            lines.append(f'    {side}_{i} [label={_quoted(box.label)}, fillcolor="{FILLS[box.kind]}"];')
+            lines += [f"    {side}_{j} -> {side}_{i};" for j in box.inputs]
+        lines.append("  }")
+    return "\n".join([*lines, "}"])
+
+
+def _quoted(text: str) -> str:
+    """A string of the dot language: names of modules may hold anything."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def draw(sketches: tuple[Sketch, Sketch] | None, alike: int = 1) -> str:
+    """SVG text, by Graphviz's program ``dot`` where there is one that works."""
     program = shutil.which("dot")
-    if program is None:
+    if program is not None:
+        source = dot_of(sketches, alike).encode()
+        try:
+            done = subprocess.run([program, "-Tsvg"], input=source, capture_output=True, check=True, timeout=TIME_LIMIT)
+            text = done.stdout.decode()
+            return text[text.index("<svg") :]  # without the head of a file of its own, so that it can stand in a page
+        except (OSError, subprocess.SubprocessError, ValueError):
+            pass
+    if sketches is None:
+        sketches = (Sketch("", (Box("nothing was fused", "edge", ()),)),) * 2
+    return svg_of([sketch.boxes for sketch in sketches], titles(sketches, alike), FILLS)
+
+
+def write_svg(text: str, path: Path) -> Path:
+    """The whole file or none of it. LorafxError: it can't be written."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".svg")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
         raise LorafxError(
-            "drawing needs Graphviz's program 'dot', which is not installed (Debian: apt-get install graphviz)."
-            " report.dot() gives the source, which any Graphviz viewer draws."
-        )
-    done = subprocess.run([program, "-Tsvg", "-o", str(path)], input=dot, text=True, capture_output=True, check=False)
-    if done.returncode:
-        raise LorafxError(f"Graphviz could not draw to {path}: {done.stderr.strip()}")
+            f"can't write the drawing to {path}: {error.strerror}. Name a file in a folder that is there."
+        ) from error
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,14 +13,13 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         return ""
     cells = [{key: _text(value) for key, value in row.items()} for row in rows]
     widths = {key: max(len(key), *(len(row[key]) for row in cells)) for key in cells[0]}
-    lines = ["  ".join(key.ljust(width) for key, width in widths.items()).rstrip()]
-    for row, cell in zip(rows, cells, strict=True):
-        aligned = (
-            cell[key].rjust(width) if isinstance(row[key], (int, float)) else cell[key].ljust(width)
-            for key, width in widths.items()
-        )
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
+    numbers = {key for key, value in rows[0].items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+    def line(cell: Mapping[str, str]) -> str:
+        padded = (cell[key].rjust(w) if key in numbers else cell[key].ljust(w) for key, w in widths.items())
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, [{key: key for key in widths}, *cells]))
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:

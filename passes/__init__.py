@@ -8,6 +8,7 @@ PEFT: they see linear layers and markers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 from torch import fx
 from torch._dynamo.utils import counters
@@ -18,13 +19,16 @@ from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.mark_branches import mark_branches
-from lorafx.passes.record import FusedBranch, FusedGroup, PassRecord, count_ops
+from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.share_routing import share_routing
+from lorafx.passes.sketch import first_layer, sketch_layer
 
 log = logging.getLogger("lorafx.passes")
 
-PASSES = (
-    mark_branches,  # branches -> lorafx.branch
+Pass = Callable[[fx.GraphModule, PassContext], int]
+
+FIND = (mark_branches,)  # branches -> lorafx.branch
+REWRITE = (
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     share_routing,  # one lorafx.row_weights for all groups
@@ -35,22 +39,32 @@ PASSES = (
 def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     """Rewrite ``gm`` in place. Returns the record, which is ``context.record``."""
     context.record.before = count_ops(gm.graph)
-    for pass_ in PASSES:
-        done = pass_(gm, context)
-        counters["lorafx"][pass_.__name__] += done
-        log.debug("%s: %d", pass_.__name__, done)
+    _run(FIND, gm, context)
+    layer = first_layer(gm, context)
+    before = sketch_layer(gm, context, layer) if layer is not None else None
+    _run(REWRITE, gm, context)
+    if before is not None:
+        context.record.sketches = before, sketch_layer(gm, context, layer)
     context.record.after = count_ops(gm.graph)
     for skipped in context.record.skipped:
         log.info("%s is left as it is: %s", skipped.name, skipped.reason)
     return context.record
 
 
+def _run(passes: Sequence[Pass], gm: fx.GraphModule, context: PassContext) -> None:
+    for pass_ in passes:
+        done = pass_(gm, context)
+        counters["lorafx"][pass_.__name__] += done
+        log.debug("%s: %d", pass_.__name__, done)
+
+
 __all__ = [
+    "Box",
     "FusedBranch",
     "FusedGroup",
-    "PASSES",
     "PassContext",
     "PassRecord",
     "SiteGeometry",
+    "Sketch",
     "run_passes",
 ]

@@ -19,7 +19,7 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.kernels.ops import resolve_lowering
+from lorafx.kernels.ops import choose_lowering, resolve_lowering
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.graph_reading import KEPT_META, example
@@ -53,6 +53,7 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
         with gm.graph.inserting_before(anchor):
             outs = _routed(gm, group, context) if anchor.target is SITE else _fused(gm, group, context)
             outs.meta = {key: value for key, value in anchor.meta.items() if key in KEPT_META}
+            outs.meta["lorafx_group"] = context.record.groups[-1]
             outs.meta["example_value"] = [example(marker) for marker in group.markers]
             for i, marker in enumerate(group.markers):
                 out = gm.graph.call_function(operator.getitem, (outs, i))
@@ -130,7 +131,10 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
 def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     markers = group.markers
     told = [marker.meta["lorafx"] for marker in markers]
-    branches = [FusedBranch(one["name"], one["in_features"], one["out_features"]) for one in told]
+    branches = [
+        FusedBranch(one["name"], one["in_features"], one["out_features"], _rank(marker))
+        for one, marker in zip(told, markers, strict=True)
+    ]
     _record(context, "fused_lora", told[0]["parent"], group.x, branches)
     columns = zip(*(marker.args for marker in markers), strict=True)
     ys, _, a, b, biases, scales, scale_tensors = (list(column) for column in columns)
@@ -145,6 +149,11 @@ def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     )
 
 
+def _rank(marker: fx.Node) -> int | None:
+    matrix = example(marker.args[2])
+    return None if matrix is None else _hint(matrix.shape[0])
+
+
 def _hint(size: int | torch.SymInt) -> int:
     """The size that the graph was traced with."""
     return size if isinstance(size, int) else int(size.node.hint)
@@ -156,5 +165,9 @@ def _site_branch(site: SiteGeometry) -> FusedBranch:
 
 def _record(context: PassContext, op: str, parent: str, x: fx.Node, branches: list[FusedBranch]) -> None:
     value = example(x)
-    lowering = context.lowering if value is None else resolve_lowering(context.lowering, value, op=op)
-    context.record.groups.append(FusedGroup(parent, tuple(branches), lowering, op))
+    if value is None:
+        group = FusedGroup(parent, tuple(branches), context.lowering, op, "known when it runs")
+    else:
+        chosen = choose_lowering(context.lowering, value, op=op)
+        group = FusedGroup(parent, tuple(branches), chosen[0], op, chosen[1], value.element_size())
+    context.record.groups.append(group)

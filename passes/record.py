@@ -17,16 +17,40 @@ class FusedBranch:
     name: str
     in_features: int | None
     out_features: int | None
+    rank: int | None = None  # of the branch that stood in the graph; None where a bank holds the adapters
 
 
 @dataclass(frozen=True)
 class FusedGroup:
-    """One fused op: the module its siblings share, the siblings, what the op is to lower to."""
+    """One fused op: the module its siblings share, the siblings, what the op is to lower to and why."""
 
     parent: str
     branches: tuple[FusedBranch, ...]
     lowering: str
     op: str  # "routed_lora" or "fused_lora"
+    reason: str = ""
+    itemsize: int = 4  # bytes of an element of x
+
+
+@dataclass(frozen=True)
+class Box:
+    """One step in a drawing of a layer.
+
+    kind: "base" (a linear layer), "lora" (part of a branch), "fused", "other" (what else a module does), "edge" (where
+    data comes in or goes out); inputs: positions of the boxes it reads, all of them before it
+    """
+
+    label: str
+    kind: str
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """One layer as boxes. ``layer`` is its path, "" where the whole graph is shown."""
+
+    layer: str
+    boxes: tuple[Box, ...]
 
 
 @dataclass
@@ -38,6 +62,7 @@ class PassRecord:
     before: Counter[str] = field(default_factory=Counter)
     after: Counter[str] = field(default_factory=Counter)
     folded: int = 0  # layers of the model itself that went into a fused op
+    sketches: tuple[Sketch, Sketch] | None = None  # the first layer with a branch, before and after
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # site -> shape of its input, as traced
 
 

@@ -50,11 +50,13 @@ def test_report(traced):
     assert report.groups[0].op == "fused_lora"
     assert report.recompiles == 0
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["groups"][0]["branches"][1] == {"name": "k", "in_features": 10, "out_features": 8}
+    rank = traced.get_parameter("k.lora_a.weight").shape[0]
+    shapes = {"in_features": 10, "out_features": 8, "ranks": [rank], "rows": rank}
+    assert data["groups"][0]["branches"][1] == {"name": "k", **shapes}
     assert data["graphs"][0]["ops_after"]["lorafx.fused_lora"] == 1
     assert "1 group(s) of 3 LoRA branch(es), 0 skipped" in str(report)
     assert "q, k, v" in str(report)
-    assert "10-&gt;12, 10-&gt;8, 10-&gt;4" in report._repr_html_()
+    assert "10 -&gt; 12, 8, 4" in report._repr_html_()
     assert report.dot().startswith("digraph")
     assert "fused_lora" in report.graphs[0].after
     assert "fused_lora" not in report.graphs[0].before
