@@ -43,8 +43,8 @@ def load_source(name: str, source: Source, base: Callable[[], Base] | None = Non
         found = open_state_dict(name, source)
         return infer_config(name, found.shapes), found
     raise AdapterFormatError(
-        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder or of an adapter's file, a state dict"
-        " of tensors, or a pair (state dict, LoraConfig or dict)."
+        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder or of an adapter's file,"
+        " a state dict of tensors, or a pair (state dict, LoraConfig or dict)."
     )
 
 

@@ -105,7 +105,7 @@ def open_safetensors(name: str, path: Path, found: os.stat_result, only: Collect
         return torch.empty(0, dtype=dtype).set_(mapped, (8 + header) // dtype.itemsize, (count,))
 
     shapes = {key: shape for key, (shape, _) in kinds.items()}
-    dtypes, count = {DTYPES[dtype] for _, dtype in kinds.values()}, sum(map(math.prod, shapes.values()))
+    dtypes, count = {DTYPES.get(dtype) for _, dtype in kinds.values()}, sum(map(math.prod, shapes.values()))
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     # the parser allows no holes between tensors, so of one dtype their sizes say where each begins
     in_one_piece = dtype is not None and (8 + header) % dtype.itemsize == 0

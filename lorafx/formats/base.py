@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.pytorch_utils import Conv1D
 
 
@@ -15,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 class Base:
     """kind: the model's class, for messages
     layers: of every module, by path: (in, out) features where it is linear, else None
-    prefix: what names of modules begin with where the model is a part of another (transformers' base_model_prefix)
+    prefixes: what names of modules may begin with in older files, in front of the path: transformers' own list
     config: the model's; None where it has none
     """
 
     kind: str
     layers: Mapping[str, tuple[int, int] | None]
-    prefix: str
+    prefixes: tuple[str, ...]
     config: Any
 
     @cached_property
@@ -31,6 +34,11 @@ class Base:
         for path in self.layers:
             found.setdefault(path.replace(".", "_"), []).append(path)
         return found
+
+    def without_prefix(self, name: str, separator: str) -> list[str]:
+        """``name`` itself, and what it is without each of the prefixes that it begins with."""
+        starts = [f"{prefix}{separator}" for prefix in self.prefixes]
+        return [name, *(name.removeprefix(start) for start in starts if name.startswith(start))]
 
     def text_config(self) -> Any:
         """The config of the language model, also inside one that sees or hears."""
@@ -44,9 +52,24 @@ def base_of(model: nn.Module) -> Base:
     return Base(
         type(model).__name__,
         layers,
-        getattr(model, "base_model_prefix", "") or "",
+        tuple(_prefixes(model)),
         getattr(model, "config", None),
     )
+
+
+def _prefixes(model: nn.Module) -> Iterator[str]:
+    """For example "text_model" of a CLIP text encoder, whose modules were inside one of that name before."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    if model.base_model_prefix:
+        yield model.base_model_prefix
+    for change in get_model_conversion_mapping(model):
+        if (
+            isinstance(change, PrefixChange)
+            and change.prefix_to_remove
+            and not (change.model_prefix or change.scope_prefix)
+        ):
+            yield change.prefix_to_remove
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

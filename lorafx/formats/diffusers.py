@@ -76,9 +76,7 @@ def convert(
     if base is not None:
 
         def resolve(layer: str) -> str | None:
-            if layer not in base.layers and base.prefix:
-                layer = layer.removeprefix(f"{base.prefix}.")
-            return layer if layer in base.layers else None
+            return next((name for name in base.without_prefix(layer, ".") if name in base.layers), None)
 
         part, layers = choose_part(name, parts, resolve, base, shapes)
     elif len(parts) == 1:

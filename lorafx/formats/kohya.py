@@ -40,15 +40,13 @@ def convert(name: str, shapes: Mapping[str, tuple[int, ...]], base: Base) -> Con
             parts.setdefault(part, {}).setdefault(layer, Layer()).put(name, ROLES[role], key)
     if strange:
         raise AdapterFormatError(
-            f"adapter {name!r}: {len(strange)} of its {len(shapes)} tensors are not of plain LoRA in kohya's format, for"
-            f" example {', '.join(map(show, strange[:3]))}. Expected '....lora_down.weight', '....lora_up.weight' and"
+            f"adapter {name!r}: {len(strange)} of its {len(shapes)} tensors are not of plain LoRA in kohya's format,"
+            f" for example {', '.join(map(show, strange[:3]))}. Expected '....lora_down.weight', '....lora_up.weight' and"
             " '....alpha': lorafx does not run DoRA, LoHa, LoKr and the like from a file."
         )
 
     def resolve(layer: str) -> str | None:
-        paths = base.flattened.get(layer, [])
-        if not paths and base.prefix:
-            paths = base.flattened.get(layer.removeprefix(f"{base.prefix}_"), [])
+        paths = next(filter(None, map(base.flattened.get, base.without_prefix(layer, "_"))), [])
         if len(paths) > 1:
             raise AdapterMismatchError(
                 f"adapter {name!r}: {show(layer)} may be any of {', '.join(map(show, paths[:3]))}, which are one name"
