@@ -41,8 +41,8 @@ def convert(name: str, shapes: Mapping[str, tuple[int, ...]], base: Base) -> Con
     if strange:
         raise AdapterFormatError(
             f"adapter {name!r}: {len(strange)} of its {len(shapes)} tensors are not of plain LoRA in kohya's format,"
-            f" for example {', '.join(map(show, strange[:3]))}. Expected '....lora_down.weight', '....lora_up.weight' and"
-            " '....alpha': lorafx does not run DoRA, LoHa, LoKr and the like from a file."
+            f" for example {', '.join(map(show, strange[:3]))}. Expected '....lora_down.weight', '....lora_up.weight'"
+            " and '....alpha': lorafx does not run DoRA, LoHa, LoKr and the like from a file."
         )
 
     def resolve(layer: str) -> str | None:

@@ -1,4 +1,4 @@
-"""kohya's and diffusers' files, on a small UNet and on text encoders; diffusers itself is the judge where it is there."""
+"""kohya's and diffusers' files, on a small UNet and text encoders; diffusers itself is the judge where it is there."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def wanted(weights, alphas=None):
 
 
 def save(path, tensors, metadata=None):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(path), metadata=metadata)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, str(path), metadata=metadata)
     return path
 
 
@@ -285,7 +285,7 @@ def test_a_unet_runs_as_diffusers_runs_it(real_unet, tmp_path, kind):
     weights = matrices(real_unet, linear_paths(real_unet, *ATTENTION))
     path = tmp_path / "pytorch_lora_weights.safetensors"
     if kind == "kohya":
-        save(path, kohya(weights, alphas={p: 3.0 + place for place, p in enumerate(weights)}))
+        save(path, kohya(weights, alphas=dict.fromkeys(weights, 20.0)))
     elif kind == "processor":
         weights = {p: (a[:4], b[:, :4].contiguous()) for p, (a, b) in weights.items()}
         save(path, named(weights, "unet.", *SPELLINGS["processor"]))
