@@ -46,7 +46,7 @@ def find_file(name: str, path: Path) -> Path | None:
     AdapterFormatError: no regular file, or several in the folder
     """
     if not os.path.isdir(path):
-        return path if find_regular(name, path) is not None else None
+        return path if os.path.exists(path) and find_regular(name, path) is not None else None
     if os.path.lexists(path / CONFIG_NAME):
         return None
     try:
