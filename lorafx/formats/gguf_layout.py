@@ -2,7 +2,7 @@
 
 Names come from the gguf package's own map. The order of rows is nowhere in a file: it is what llama.cpp's converter
 (conversion/*.py of ggml-org/llama.cpp, ``LlamaModel.permute`` and ``undo_permute`` of the classes) does to each
-architecture, so only those are taken whose class was read.
+architecture, so only those are taken that llama.cpp itself was seen to run (tests/formats/test_architectures.py).
 """
 
 from __future__ import annotations

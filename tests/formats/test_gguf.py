@@ -239,11 +239,21 @@ def test_a_live_model_stays_as_it_was(weights, tmp_path):
     tensors["blk.1.ffn_up.weight.lora_b"][3, 1] = np.nan
     bad = write_gguf(tmp_path / "b.gguf", tensors)
     with pytest.raises(lorafx.AdapterFormatError, match="NaN"):
-        model.lora.replace(model.lora.names[0], bad)
+        model.lora.replace("a", bad)
     assert torch.equal(run(model, inputs), before)
     with pytest.raises(lorafx.AdapterFormatError, match="NaN"):
         to_peft(bad, tmp_path / "out", LLAMA.build())
     assert not (tmp_path / "out").exists()
+
+
+def test_in_a_store(weights, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", tensors_of(weights))
+    store = lorafx.AdapterStore({"a": path, "b": str(path)})
+    model = lorafx.compile(LLAMA.build(), store, max_adapters=1, mode="eager")
+    inputs = LLAMA.inputs(2)
+    want = run(lorafx.compile(LLAMA.build(), path, mode="eager"), inputs)
+    for name in "ab":
+        assert torch.equal(run(model, inputs, [name, name]), want)
 
 
 def test_on_a_peft_model(tmp_path):

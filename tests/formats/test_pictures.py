@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import warnings
 
@@ -244,6 +245,39 @@ def test_diffusers_refuses_by_name(unet, weights, tmp_path):
     refused(lorafx.AdapterMismatchError, "other_blocks", {k.replace("down_", "other_"): t for k, t in good.items()})
     twice = named({first: weights[first]}, "unet.", *SPELLINGS["old"])
     refused(lorafx.AdapterFormatError, "two names", {**good, **twice})
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers", "processor"])
+def test_names_shapes_and_dtypes_changed(unet, weights, tmp_path, kind):
+    """Whatever stands in the file: read, or refused by name."""
+    whole = kohya(weights, alphas=dict.fromkeys(weights, 2.0))
+    if kind != "kohya":
+        whole = named(weights, "unet.", *SPELLINGS["peft" if kind == "diffusers" else kind])
+    generator = random.Random(0)
+    outcomes = set()
+    for _ in range(60):
+        tensors = dict(whole)
+        for key in generator.sample(list(whole), generator.randint(1, 3)):
+            tensor = tensors.pop(key)
+            place = generator.randrange(len(key))
+            change = generator.randrange(6)
+            if change == 0:
+                key = key[:place] + generator.choice("._0x\u00e9\ud7ff(*") + key[place + 1 :]
+            elif change == 1:
+                key = key[:place] + key[place + 1 :]
+            elif change == 2:
+                key = generator.choice(list(whole))
+            elif change == 3:
+                tensor = torch.ones([generator.randint(0, 5) for _ in range(generator.randint(0, 4))])
+            elif change == 4:
+                tensor = tensor.to(generator.choice([torch.int8, torch.bool, torch.complex64, torch.float64]))
+            tensors[key] = tensor
+        try:
+            deltas(unet, save(tmp_path / "a.safetensors", tensors))
+            outcomes.add("read")
+        except lorafx.LorafxError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 # ------------------------------------------------------------------------------------------------ their own words
