@@ -67,7 +67,14 @@ def kind_of(name: str, file: Path) -> str:
     """What is in ``file``. AdapterFormatError: none of these formats"""
     if read_start(name, file, len(MAGIC)) == MAGIC:
         return "gguf"
-    shapes = read_header(name, file, _found(name, file)).shapes
+    try:
+        shapes = read_header(name, file, _found(name, file)).shapes
+    except AdapterFormatError as error:
+        raise AdapterFormatError(
+            f"adapter {name!r}: {str(file)!r} is not an adapter, or is damaged: it can't be read as safetensors"
+            f" ({error.__cause__ or error}), and does not begin as GGUF does. Expected a PEFT folder, or a file of"
+            " llama.cpp's, kohya's or diffusers'."
+        ) from error
     if any(key.startswith("base_model.") for key in shapes):
         return "peft"
     for kind, is_kind in (("kohya", kohya.is_kohya), ("diffusers", diffusers.is_diffusers)):
