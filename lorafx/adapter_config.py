@@ -37,11 +37,7 @@ def read_config(name: str, folder: Path) -> LoraConfig:
         )
     content = read_bytes(name, path, SIZE_LIMIT)
     try:
-        values = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole
-        )
-        if not isinstance(values, dict):
-            raise ValueError(f"got a {type(values).__name__}, expected an object")
+        values = parse_object(content.decode("utf-8"))
         if "peft_type" not in values:
             raise ValueError("it has no 'peft_type'; expected 'LORA'")
     except (ValueError, RecursionError) as error:
@@ -49,6 +45,14 @@ def read_config(name: str, folder: Path) -> LoraConfig:
             f"adapter {name!r}: {path} can't be read: {error}. Expected the JSON that PEFT's save_pretrained writes."
         ) from error
     return check_config(name, values)
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in ``text``. ValueError, RecursionError: there is none, or one that says a thing twice"""
+    values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole)
+    if not isinstance(values, dict):
+        raise ValueError(f"got a {type(values).__name__}, expected an object")
+    return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

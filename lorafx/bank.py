@@ -589,18 +589,23 @@ def _finish_launched(device: torch.device) -> None:
 
 
 def as_mapping(adapters: Any) -> Mapping[str, Any]:
-    """``adapters`` of ``compile`` as name -> source; a path alone is named after its folder."""
+    """``adapters`` of ``compile`` as name -> source; a path alone is named after its folder, a file without its end."""
     from pathlib import Path
+
+    from lorafx.formats.opening import SUFFIXES
+
+    def name_of(path: Any) -> str:
+        return Path(path).stem if Path(path).suffix in SUFFIXES else Path(path).name
 
     if adapters is None:
         return {}
     if isinstance(adapters, Mapping) and not (adapters and all(isinstance(v, torch.Tensor) for v in adapters.values())):
         return adapters
     if isinstance(adapters, (list, tuple)) and all(isinstance(item, (str, Path)) for item in adapters):
-        names = [Path(item).name for item in adapters]
+        names = [name_of(item) for item in adapters]
         if len(set(names)) < len(names):
-            raise AdapterMismatchError(f"two of these folders have one name: {names}; pass a dict name -> path")
+            raise AdapterMismatchError(f"two of these adapters have one name: {names}; pass a dict name -> path")
         return dict(zip(names, adapters, strict=True))
     if isinstance(adapters, (str, Path)):
-        return {Path(adapters).name: adapters}
+        return {name_of(adapters): adapters}
     return {"default": adapters}

@@ -41,7 +41,8 @@ def compile(
 
     model: an nn.Module, PreTrainedModel or PeftModel, in any mode
     adapters: None (the ones already on a PeftModel), a path, ``{name: source}`` or a list of paths; a source is the
-        folder that PEFT's ``save_pretrained`` wrote, a state dict, or a (state dict, LoraConfig or dict) pair. Or an
+        folder that PEFT's ``save_pretrained`` wrote, a GGUF LoRA file, kohya's or diffusers' safetensors
+        (``lorafx.formats``), a state dict, or a (state dict, LoraConfig or dict) pair. Or an
         ``AdapterStore``, which holds more adapters than there is room for
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names

@@ -47,21 +47,26 @@ def read_bytes(name: str, path: Path, limit: int) -> bytes:
 
     AdapterFormatError: it has more, or can't be read
     """
-    try:
-        # without O_NONBLOCK a file that has just become a pipe would wait for ever
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise AdapterFormatError(f"adapter {name!r}: {str(path)!r} is no regular file; expected one.")
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise AdapterFormatError(f"adapter {name!r}: {str(path)!r} can't be read: {error}") from error
+    content = read_start(name, path, limit + 1)
     if len(content) > limit:
         raise AdapterFormatError(
             f"adapter {name!r}: {str(path)!r} has more than {limit:,} bytes; expected a few thousand. Is it another"
             " file?"
         )
     return content
+
+
+def read_start(name: str, path: Path, count: int) -> bytes:
+    """The first ``count`` bytes of the regular file at ``path``, or all where it has fewer."""
+    try:
+        # without O_NONBLOCK a file that has just become a pipe would wait for ever
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise AdapterFormatError(f"adapter {name!r}: {str(path)!r} is no regular file; expected one.")
+            return file.read(count)
+    except OSError as error:
+        raise AdapterFormatError(f"adapter {name!r}: {str(path)!r} can't be read: {error}") from error
 
 
 def inside(root: Path, name: Any, files: tuple[str, ...] = ()) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.formats.base import Base, base_of
 from lorafx.inferred_config import config_of_shapes
 from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
@@ -65,14 +66,14 @@ class AdapterReader:
         """The adapter at ``source`` as it would stand on the model, under ``name``, its weights still to be read.
 
         source: a folder with adapter_config.json and adapter_model.safetensors (or .bin, read with weights_only), a
-            (state dict, config) pair, a state dict alone, whose alpha is then taken to be its rank, or weights that
-            were read before
+            file of another format (``lorafx.formats``) or a folder with one, a (state dict, config) pair, a state
+            dict alone, whose alpha is then taken to be its rank, or weights that were read before
 
         AdapterFormatError: not a LoRA adapter that can be read. AdapterMismatchError: does not fit the model.
         """
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             return self._from_weights(name, source)
-        return self._outline(name, *load_source(name, source))
+        return self._outline(name, *load_source(name, source, self._base))
 
     @torch.inference_mode(False)
     def open_with_config(self, name: str, source: Source) -> tuple[LoraConfig, AdapterOutline]:
@@ -80,7 +81,7 @@ class AdapterReader:
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             outline = self._from_weights(name, source)
             return config_of_shapes(name, outline.sites), outline
-        config, tensors = load_source(name, source)
+        config, tensors = load_source(name, source, self._base)
         return config, self._outline(name, config, tensors)
 
     def _outline(self, name: str, config: LoraConfig, tensors: TensorSet) -> AdapterOutline:
@@ -134,10 +135,17 @@ class AdapterReader:
             return self._plans.get(key)
 
     def _skeleton(self) -> nn.Module:
-        """One to use up. The first is kept: later the model itself may be in the middle of a forward."""
+        """One to use up."""
+        return copy.deepcopy(self._kept_skeleton())
+
+    def _base(self) -> Base:
+        return base_of(self._kept_skeleton())
+
+    def _kept_skeleton(self) -> nn.Module:
+        """The first is kept: later the model itself may be in the middle of a forward."""
         if self._bare is None:
             self._bare = skeleton(self.root)
-        return copy.deepcopy(self._bare)
+        return self._bare
 
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""

@@ -123,6 +123,12 @@ def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
         module_path, _, attribute = path.rpartition(".")
         module = root.get_submodule(module_path)
         own = getattr(module.get_base_layer() if isinstance(module, LoraLayer) else module, attribute)
+        if own.is_meta:
+            raise AdapterMismatchError(
+                f"adapter {name!r} brings {path}, a weight of the base model, and this model is on the meta device,"
+                " without numbers to compare it with. Pass the model with its weights, or save the adapter with"
+                " save_embedding_layers=False."
+            )
         if own.shape != tensor.shape or not torch.equal(own, tensor.to(own.device, own.dtype)):
             raise AdapterMismatchError(
                 f"adapter {name!r} brings {path}, a weight of the base model, and it is not the model's own. Expected"

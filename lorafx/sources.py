@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,26 @@ from torch import Tensor
 from lorafx.adapter_config import check_config, read_config
 from lorafx.errors import AdapterFormatError
 from lorafx.folder_files import open_folder
+from lorafx.formats.base import Base
+from lorafx.formats.opening import find_file, open_converted
 from lorafx.inferred_config import infer_config
 from lorafx.tensor_files import TensorSet, open_state_dict
 
 Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
 
 
-def load_source(name: str, source: Source) -> tuple[LoraConfig, TensorSet]:
-    """The config and the tensors at ``source``, of a kind that lorafx runs. AdapterFormatError: they are not."""
+def load_source(name: str, source: Source, base: Callable[[], Base] | None = None) -> tuple[LoraConfig, TensorSet]:
+    """The config and the tensors at ``source``, of a kind that lorafx runs, with PEFT's names.
+
+    base: what is known of the model, asked for only where a format other than PEFT's needs it
+
+    AdapterFormatError: they are not of such a kind. AdapterMismatchError: the names are not those of ``base``'s layers.
+    """
     if isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
         folder = Path(source)
+        file = find_file(name, folder)
+        if file is not None:
+            return open_converted(name, file, base)
         return read_config(name, folder), open_folder(name, folder)
     if isinstance(source, tuple) and len(source) == 2:
         tensors, config = source if isinstance(source[0], Mapping) and _is_tensors(source[0]) else source[::-1]
@@ -33,8 +43,8 @@ def load_source(name: str, source: Source) -> tuple[LoraConfig, TensorSet]:
         found = open_state_dict(name, source)
         return infer_config(name, found.shapes), found
     raise AdapterFormatError(
-        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder, a state dict of tensors,"
-        " or a pair (state dict, LoraConfig or dict)."
+        f"adapter {name!r}: got {type(source).__name__}; expected the path of a PEFT folder or of an adapter's file,"
+        " a state dict of tensors, or a pair (state dict, LoraConfig or dict)."
     )
 
 
