@@ -25,7 +25,7 @@ from lorafx.cli.output import console, print_json, print_lines, print_table
 from lorafx.errors import LorafxError, UnsupportedModelError
 
 PROMPT = 16  # tokens
-# How far lorafx's LoRA delta may be from PEFT's, relative to its size. PEFT rounds each branch to the dtype of the base.
+# How far lorafx's LoRA delta may be from PEFT's, relative to its size. PEFT rounds each branch to the base's dtype.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-2}
 TOLERANCE_16_BIT = 0.2
 

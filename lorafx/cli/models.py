@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ DEMO = "demo"
 
 def load(name: str) -> nn.Module:
     """The model with its weights, in eval mode. UnsupportedModelError: there is none, or transformers can't read it"""
+    _quiet()
     if name == DEMO:
         return _demo().load()[0]
     config = _config(name)
@@ -33,6 +35,7 @@ def load_skeleton(name: str, device: str = "cpu") -> nn.Module:
 
     UnsupportedModelError: no such model
     """
+    _quiet()
     config = _config(name)
     try:
         with torch.device("meta"):
@@ -42,6 +45,12 @@ def load_skeleton(name: str, device: str = "cpu") -> nn.Module:
     if device != "meta":
         model.to_empty(device=device).tie_weights()
     return model.requires_grad_(False)
+
+
+def _quiet() -> None:
+    """What transformers says to its developers is no concern of who types a command."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
 
 
 def _config(name: str) -> transformers.PretrainedConfig:
