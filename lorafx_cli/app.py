@@ -99,9 +99,10 @@ def explain(
     debug: Debug = False,
 ) -> int:
     """Show which LoRA branches of a model lorafx fuses, and why it leaves the others."""
+    adapters = _by_name(adapter)
     from lorafx.cli.explaining import run
 
-    return run(model, _by_name(adapter), svg=svg, html=html, as_json=json, compiled=compiled, skeleton=skeleton)
+    return run(model, adapters, svg=svg, html=html, as_json=json, compiled=compiled, skeleton=skeleton)
 
 
 @app.command(epilog="Example: lorafx bench demo --adapter json=demo/adapters/json --batch 8")
@@ -116,9 +117,10 @@ def bench(
     debug: Debug = False,
 ) -> int:
     """Measure decode tokens/s on this machine: the compiled base model, PEFT eager, and lorafx."""
+    adapters = _by_name(adapter)
     from lorafx.cli.benching import run
 
-    return run(model, _by_name(adapter), batch=batch, tokens=tokens, rounds=rounds, threads=threads, as_json=json)
+    return run(model, adapters, batch=batch, tokens=tokens, rounds=rounds, threads=threads, as_json=json)
 
 
 @app.command(epilog="Example: lorafx convert adapters/sql sql.gguf --to gguf --model HuggingFaceTB/SmolLM2-135M")

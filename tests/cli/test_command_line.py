@@ -74,7 +74,7 @@ def test_version_is_the_installed_one():
         (["explain", "m", "-a", "name="], "expected NAME=PATH"),
         (["explain", "m", "-a", "__base__=x"], "expected NAME=PATH"),
         (["explain", "m", "-a", "a=x", "-a", "a=y"], "two adapters are called 'a'"),
-        (["bench", "m", "-a", "a=x", "--batch", "0"], "0 is not in the range"),
+        (["bench", "m", "-a", "a=x", "--batch", "0"], "Invalid value for '--batch'"),
         (["convert", "a", "b", "--to", "kohya"], "'kohya' is not one of"),
         (["convert", "a", "b", "--to", "peft", "--dtype", "f16"], "--dtype is for --to gguf"),
     ],
@@ -104,10 +104,10 @@ def test_a_bad_path_exits_1_with_one_line(lorafx_command, name):
 
 
 def test_debug_shows_the_traceback():
-    for done in (run("inspect", "nowhere", "--debug"), run("inspect", "nowhere", LORAFX_DEBUG="1")):
-        assert done.returncode == 1
-        assert "Traceback" in done.stderr
-        assert "AdapterFormatError" in done.stderr
+    done = run("inspect", "nowhere", LORAFX_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "AdapterFormatError" in done.stderr
 
 
 def test_without_typer_one_line_says_what_to_install():

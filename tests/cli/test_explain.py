@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from lorafx.cli.models import checkout, load_skeleton
-from tests.cli.conftest import CONFIG, save_adapter
+from tests.cli.conftest import save_adapter
 
 
 def test_the_report_of_two_adapters_without_weights(lorafx_command, model, sql, tmp_path):
@@ -63,13 +63,13 @@ def test_an_adapter_of_another_model(lorafx_command, model, tmp_path, sql):
 
 
 def test_a_skeleton_takes_no_memory(model, tmp_path):
-    """4 GiB of weights, of which nothing is ever touched."""
+    """3 GiB of weights, of which nothing is ever touched."""
     config = json.loads((model / "config.json").read_text())
     large = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "num_key_value_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps(config | large | {"num_hidden_layers": 4}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     skeleton = load_skeleton(str(tmp_path))
-    assert sum(parameter.nbytes for parameter in skeleton.parameters()) > 4 << 30
+    assert sum(parameter.nbytes for parameter in skeleton.parameters()) > 3 << 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"cpu"}
     assert load_skeleton(str(tmp_path), "meta").device.type == "meta"
@@ -80,7 +80,6 @@ def test_tied_weights_stay_tied(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     skeleton = load_skeleton(str(tmp_path))
     assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
-    assert type(skeleton).__name__ == CONFIG.architectures[0] if CONFIG.architectures else True
 
 
 def test_the_demo_runs_from_this_checkout():
