@@ -32,7 +32,7 @@ def printable(value: Any, limit: int | None = TEXT_LIMIT) -> str:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """One line for each dict, a column for each key; numbers to the right."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE if sys.stdout.isatty() else None, pad_edge=False)
     for key, value in rows[0].items():
         table.add_column(key, justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
     for row in rows:

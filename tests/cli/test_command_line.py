@@ -10,6 +10,8 @@ import pytest
 import tomllib
 from typer.testing import CliRunner
 
+import lorafx
+from lorafx_cli import main
 from lorafx_cli.app import app
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,6 +106,8 @@ def test_a_bad_path_exits_1_with_one_line(lorafx_command, name):
 
 
 def test_debug_shows_the_traceback():
+    with pytest.raises(lorafx.AdapterFormatError):
+        main(["inspect", "nowhere", "--debug"])
     done = run("inspect", "nowhere", LORAFX_DEBUG="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
