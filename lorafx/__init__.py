@@ -1,5 +1,6 @@
 """Run LoRA adapters, unmerged and swappable, on any PyTorch model: ``model = lorafx.compile(model, adapters)``."""
 
+import os
 from pathlib import Path
 
 # In a checkout passes/ and kernels/ stand beside this folder, not in it: installed or not, Python finds them there.
@@ -19,6 +20,9 @@ from lorafx.errors import (
 )
 from lorafx.explain import Report, explain
 from lorafx.fuse import fuse
+from lorafx.logs import switch_on
+
+switch_on(os.environ.get("LORAFX_LOGS", ""))
 
 __version__ = "0.1.0"
 

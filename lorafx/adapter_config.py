@@ -28,6 +28,11 @@ DIGITS_LIMIT = 18
 
 def read_config(name: str, folder: Path) -> LoraConfig:
     """The config in a PEFT folder. AdapterFormatError: there is none, or none that lorafx can run."""
+    return check_config(name, read_fields(name, folder))
+
+
+def read_fields(name: str, folder: Path) -> dict[str, Any]:
+    """What stands in the config of a PEFT folder, not looked at yet. AdapterFormatError: there is none to be read."""
     path = folder / CONFIG_NAME
     if not os.path.isdir(folder) or find_regular(name, path) is None:
         what = f"there is no {CONFIG_NAME} in it" if os.path.exists(folder) else "no such folder"
@@ -44,7 +49,7 @@ def read_config(name: str, folder: Path) -> LoraConfig:
         raise AdapterFormatError(
             f"adapter {name!r}: {path} can't be read: {error}. Expected the JSON that PEFT's save_pretrained writes."
         ) from error
-    return check_config(name, values)
+    return values
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -103,19 +108,25 @@ def check_config(name: str, values: Mapping[str, Any]) -> LoraConfig:
     return config
 
 
-def _check_supported(name: str, values: Mapping[str, Any]) -> None:
-    reasons = [label for field, label in UNSUPPORTED.items() if values.get(field)]
+def unsupported(values: Mapping[str, Any]) -> dict[str, str]:
+    """What a config asks for that lorafx does not run from a file, in words, by the field that asks for it."""
+    reasons = {field: label for field, label in UNSUPPORTED.items() if values.get(field)}
     bias, init = values.get("bias", "none"), values.get("init_lora_weights", True)
     if bias != "none":
-        reasons.append(f"bias={show(bias)}, which replaces biases of the base model")
+        reasons["bias"] = f"bias={show(bias)}, which replaces biases of the base model"
     if isinstance(init, str) and init.startswith(REWRITES_BASE):
-        reasons.append(f"init_lora_weights={show(init)}, which rewrites the base weights")
+        reasons["init_lora_weights"] = f"init_lora_weights={show(init)}, which rewrites the base weights"
     elif isinstance(init, str) and init not in OTHER_INITIALISATIONS:
-        reasons.append(f"init_lora_weights={show(init)}")
+        reasons["init_lora_weights"] = f"init_lora_weights={show(init)}"
+    return reasons
+
+
+def _check_supported(name: str, values: Mapping[str, Any]) -> None:
+    reasons = unsupported(values)
     if reasons:
         raise AdapterFormatError(
-            f"adapter {name!r} uses {', '.join(reasons)}: lorafx can't run that from a file yet. Load it with PEFT and"
-            " pass the PeftModel: such layers then stay exactly as PEFT computes them."
+            f"adapter {name!r} uses {', '.join(reasons.values())}: lorafx can't run that from a file yet. Load it with"
+            " PEFT and pass the PeftModel: such layers then stay exactly as PEFT computes them."
         )
 
 

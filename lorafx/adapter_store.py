@@ -22,6 +22,7 @@ from lorafx.bank import AdapterBank
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.file_paths import inside
 from lorafx.host_cache import HostCache
+from lorafx.progress import bar
 from lorafx.selection import Choice, Selection, names_in
 
 log = logging.getLogger("lorafx")
@@ -163,7 +164,7 @@ class AdapterStore:
 
     def outlines(self, open_one: Any) -> Iterator[AdapterOutline]:
         """Of every adapter, for ``compile`` to reserve room by; one that can't be read is reported, and left out."""
-        for name in self.names:
+        for name in bar(self.names, "looking at adapters"):
             try:
                 yield open_one(name, self._source(name))
             except LorafxError as error:
@@ -199,7 +200,7 @@ class AdapterStore:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorafx-prefetch")
         futures = [self._worker.submit(self._host.get, name) for name in names]
-        for future in futures if wait else ():
+        for future in bar(futures, "reading adapters") if wait else ():
             future.result()
         return futures
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,11 +23,14 @@ from lorafx import outlined
 from lorafx.bank import AdapterBank
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels.ops import LOWERINGS
+from lorafx.logs import GRAPHS
 from lorafx.passes import PassContext, PassRecord, run_passes
 from lorafx.passes.attach_inputs import ROUTING, routed_inputs
+from lorafx.recompiles import input_shapes
 from lorafx.sites import refusal, rows_unknown
 
 log = logging.getLogger("lorafx")
+graphs_log = logging.getLogger(GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class GraphRecord:
     parameters: Mapping[int, nn.Parameter]  # those it reads that are still there, by id
     before: str  # code of the graph as traced
     after: str  # and as fused
+    shapes: Mapping[str, str] = field(default_factory=dict)  # it was traced for, by input
     outlined: int = 0  # layers that run what was compiled for another one
 
 
@@ -96,16 +100,20 @@ def compile_graph(
     if bank is not None:
         context.bank_key, context.sites = bank.key, bank.store.geometry
     rewritten = _copy_graph(gm)
-    traced = gm.print_readable(print_output=False)
+    traced, shapes = gm.print_readable(print_output=False), input_shapes(gm, inputs)
     record = run_passes(rewritten, context)
+    fused = rewritten.print_readable(print_output=False)
+    graphs_log.debug("as traced:\n%s", traced)
+    graphs_log.debug("as rewritten:\n%s", fused)
     routed = routed_inputs(rewritten)
     held = [bank.store.table(*vars(wanted).values()) for wanted in routed[len(ROUTING) :]]
     mixed_refusal = _mixed_refusal(record, bank) if routed else None
-    started = time.perf_counter()
+    started, groups = time.perf_counter(), len(record.groups)
     if routed:
         routing = bank.routing()
         inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
     if options.inductor:
+        log.info("Inductor compiles a graph of %d nodes, with %d fused group(s)", len(rewritten.graph.nodes), groups)
         compile_ = outlined.compile_outlined if options.outline else outlined.compile_alone
         compiled, repeats = compile_(rewritten, inputs, options.patches)
     else:
@@ -118,13 +126,14 @@ def compile_graph(
             identity.frame_id if identity is not None else None,
             WeakValueDictionary({id(value): value for value in inputs if isinstance(value, nn.Parameter)}),
             traced,
-            rewritten.print_readable(print_output=False),
+            fused,
+            shapes,
             repeats,
         )
     )
     log.info(
         "graph compiled: %d group(s) fused, %d branch(es) left, %.1f s",
-        len(record.groups),
+        groups,
         len(record.skipped),
         time.perf_counter() - started,
     )

@@ -414,6 +414,7 @@ class AdapterBank:
         missing = [path for path in adapter.sites if path not in self.store.index]
         reason = (
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as {missing[0]}"
+            " (target_modules reserves room there)"
             if missing
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import nn
 from lorafx import peft_layers
 from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
-from lorafx.bank import AdapterBank, as_mapping
+from lorafx.bank import AdapterBank, as_mapping, warn_once
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels import cpp
 from lorafx.module_snapshot import unchanged_on_error
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
+from lorafx.progress import bar
 from lorafx.reading import AdapterReader
 from lorafx.reserving import bank_dtype, make_store
 from lorafx.runtime import Runtime, runtime_of
@@ -55,6 +57,7 @@ def compile(
 
     LorafxError: a subclass says what can't be done; the model is then as it was
     """
+    started = time.perf_counter()
     _check_model(model)
     if validate:
         raise LorafxError("validate=True is not there yet; leave it out")
@@ -71,7 +74,7 @@ def compile(
     with unchanged_on_error(model):
         if on_peft:
             loader = PeftLoader(model, root)
-            for name, source in sources.items():
+            for name, source in bar(sources.items(), "reading adapters"):
                 loader.load(name, source)
             layers, unfused = peft_layers.supported_layers(root)
             weights = peft_layers.adapters_on(layers)
@@ -80,12 +83,12 @@ def compile(
             reader = AdapterReader(root, bank_dtype(root))
             if shelf is not None and (max_rank is None or target_modules is None):
                 room["others"] = list(shelf.outlines(reader.open))
-            weights = [reader.open(name, source).read() for name, source in sources.items()]
+            weights = [reader.open(name, source).read() for name, source in bar(sources.items(), "reading adapters")]
         store = make_store(root, weights, **room)
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
-        for adapter in weights:
+        for adapter in bar(weights, "packing adapters"):
             bank.add(adapter)
         runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")
         runtime.peft, runtime.unfused = layers, unfused
@@ -98,9 +101,16 @@ def compile(
         runtime.install()
     if shelf is not None:
         shelf.attach(model)
+    log.info("%d adapter(s) packed in %.1f s", len(weights), time.perf_counter() - started)
     log.info("the bank takes %s bytes, %s of them reserved", f"{bank.nbytes:,}", f"{bank.reserved:,}")
     for path, reason in unfused.items():
-        log.warning("%s is left to PEFT: %s", path, reason)
+        log.info("%s is left to PEFT: %s", path, reason)
+    if unfused:
+        path, reason = next(iter(unfused.items()))
+        warn_once(
+            f"lorafx: {len(unfused)} layer(s) are left to PEFT, such as {path}: {reason}. lorafx.explain(model) lists"
+            " them; adapters that are plain LoRA on linear layers are fused."
+        )
     return model
 
 

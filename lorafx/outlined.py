@@ -16,6 +16,7 @@ from torch import SymInt, Tensor, fx
 
 from lorafx.kernels.fingerprint import fingerprint
 from lorafx.passes.outline import NoOutline, Part, Plan, Window, outline
+from lorafx.progress import bar
 
 log = logging.getLogger("lorafx")
 
@@ -52,7 +53,9 @@ def compile_outlined(
     if reason is None:
         try:
             plan = outline(gm, inputs)
-            parts = [boxed(_compile_part(part, {**UNCHECKED, **(patches or {})})) for part in plan.parts]
+            parts = [
+                boxed(_compile_part(part, {**UNCHECKED, **(patches or {})})) for part in bar(plan.parts, "compiling")
+            ]
             log.info("%d part(s) compiled for %d steps", len(parts), len(plan.steps))
             return Outlined(plan, parts), plan.repeats
         except NoOutline as error:

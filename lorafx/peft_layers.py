@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,12 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafx import hotswap
 from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import UnsupportedModelError
 from lorafx.selection import Selection
 from lorafx.sites import apply_site
-
-if TYPE_CHECKING:
-    from lorafx.bank import AdapterBank
 
 
 class AdaptedLinear(PeftLinear):
@@ -271,6 +269,11 @@ class ForwardHooks:
         names = kwargs.get("adapter_names")
         if kwargs.get("alora_offsets") is not None or (names is not None and self.runtime.unfused):
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
+            warn_once(
+                f"lorafx: adapter_names on a model with {len(self.runtime.unfused)} layer(s) that are left to PEFT:"
+                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers are"
+                " compiled."
+            )
             with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
                 yield
         elif names is None:

@@ -19,6 +19,7 @@ from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.peft_change import changing_peft
+from lorafx.recompiles import MANY, advice
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
@@ -42,6 +43,7 @@ class Runtime:
         self.model, self.root, self.bank = model, root, bank
         self.options, self.dynamic, self.eager = options, dynamic, eager
         self.graphs: list[GraphRecord] = []
+        self._retraced_at = 0  # how many graphs there were then
         self.retraces: list[str] = []  # why, each time the bank was packed anew
         self.unfused: dict[str, str] = {}  # PEFT's layers that stay as they are, and why
         self.peft: dict[str, Any] = {}  # PEFT's layers that are fused
@@ -61,7 +63,7 @@ class Runtime:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.graphs, self.follower = [], Follower(self)
+        self.graphs, self._retraced_at, self.follower = [], 0, Follower(self)
         self._begin()
         self._connect_bank()
 
@@ -154,7 +156,7 @@ class Runtime:
         if reasons:
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
         # in one step, and the last: what stops us before it leaves no trace in the report, nor costs one
-        self._entry, self.retraces[:] = None, [*self.retraces, *reasons]
+        self._retraced_at, self._entry, self.retraces[:] = len(self.graphs), None, [*self.retraces, *reasons]
 
     def _guard_use(self, selection: Selection) -> None:
         if self.follower.gone and names_in(selection):
@@ -222,7 +224,13 @@ class Runtime:
             return self._entry
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_graph(gm, inputs, self.options, self.bank, self.graphs.append)
+        return compile_graph(gm, inputs, self.options, self.bank, self._keep)
+
+    def _keep(self, graph: GraphRecord) -> None:
+        self.graphs.append(graph)
+        of_frame = [kept.shapes for kept in self.graphs[self._retraced_at :] if kept.frame == graph.frame]
+        if len(of_frame) == MANY:
+            warn_once(advice(type(self.root).__name__, of_frame))
 
     def _needs_eager(self) -> bool:
         """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row."""

@@ -1,0 +1,210 @@
+"""What is in an adapter: read from its files alone, one tensor at a time, and judged without its model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from lorafx.adapter_config import check_config, read_fields, unsupported
+from lorafx.errors import AdapterFormatError
+from lorafx.folder_files import open_folder
+from lorafx.sources import load_source
+from lorafx.tensor_files import TensorSet
+
+PREFIX = "base_model.model."
+USUAL_SCALES = 1 / 32, 32  # alpha / rank; most are 1 or 2
+EXAMPLES = 3
+TRIES_LIMIT = 1 << 22  # of a pattern of the config on a name
+PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+
+
+@dataclass
+class Layer:
+    """One adapted layer: what the config says of it, and its tensors by part ("A", "B", "bias")."""
+
+    path: str
+    expected_rank: int
+    alpha: float
+    scale: float
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.shapes["A"][0] if "A" in self.shapes else self.shapes["B"][-1]
+
+    @property
+    def features(self) -> str:
+        """in->out"""
+        a, b = self.shapes.get("A"), self.shapes.get("B")
+        return f"{a[1] if a else '?'}->{b[0] if b else '?'}"
+
+
+@dataclass
+class Contents:
+    """layers: by path; left_to_peft: what it uses that lorafx does not run; problems: what is wrong with it;
+    notes: what is unusual, and may be meant"""
+
+    path: str
+    config: LoraConfig
+    tensors: int
+    layers: dict[str, Layer]
+    left_to_peft: list[str]
+    problems: list[str]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "path": self.path,
+            "base_model": self.config.base_model_name_or_path,
+            "rank": self.config.r,
+            "alpha": self.config.lora_alpha,
+            "rslora": bool(self.config.use_rslora),
+            "tensors": self.tensors,
+            "bytes": sum(layer.bytes for layer in self.layers.values()),
+            "layers": [
+                {"path": layer.path, "rank": layer.rank, "alpha": layer.alpha, "scale": layer.scale}
+                | {"shapes": {part: list(shape) for part, shape in layer.shapes.items()}}
+                | {"dtypes": layer.dtypes, "bytes": layer.bytes}
+                for layer in self.layers.values()
+            ],
+            "left_to_peft": self.left_to_peft,
+            "problems": self.problems,
+            "notes": self.notes,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each kind of layer: those that differ in their place in the model alone are counted."""
+        kinds: Counter[tuple] = Counter()
+        sizes: Counter[tuple] = Counter()
+        for layer in self.layers.values():
+            target = layer.path.rpartition(".")[2]
+            dtypes = ", ".join(dict.fromkeys(layer.dtypes.values()))
+            kind = (target, layer.features, layer.rank, layer.alpha, layer.scale, dtypes)
+            kinds[kind] += 1
+            sizes[kind] += layer.bytes
+        names = ("target", "in->out", "rank", "alpha", "scale", "dtype")
+        return [
+            dict(zip(names, (*kind[:3], *(f"{number:g}" for number in kind[3:5]), kind[5]), strict=True))
+            | {"layers": count, "bytes": sizes[kind]}
+            for kind, count in kinds.items()
+        ]
+
+
+def read_contents(path: Path) -> Contents:
+    """Everything that can be said of the adapter at ``path`` without its model.
+
+    AdapterFormatError: not an adapter that can be read, or no LoRA adapter
+    """
+    name = path.name or str(path)
+    features: dict[str, str] = {}
+    if path.is_dir() or not path.exists():
+        fields = read_fields(name, path)
+        features = unsupported(fields)
+        config = check_config(name, {key: value for key, value in fields.items() if key not in features})
+        tensors = open_folder(name, path)
+    else:
+        config, tensors = load_source(name, path)
+    tries = (len(config.rank_pattern) + len(config.alpha_pattern)) * len(tensors.shapes)
+    if tries > TRIES_LIMIT:
+        raise AdapterFormatError(
+            f"adapter {name!r} has {len(tensors.shapes):,} tensors and so many patterns in its config that they take"
+            f" {tries:,} tries; expected at most {TRIES_LIMIT:,}"
+        )
+    layers, others = _sort(tensors.shapes, config)
+    contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
+    contents.problems += _wrong_shapes(layers)
+    if others:
+        text = f"{len(others)} tensor(s) that are no LoRA weights of a linear layer, such as {_some(others[:1])}"
+        if features:  # which bring tensors of their own
+            contents.notes.append(text)
+        else:
+            contents.problems.append(text)
+    _look_at_numbers(contents, tensors, others)
+    scales = {layer.scale for layer in layers.values()}
+    low, high = USUAL_SCALES
+    if unusual := sorted(scale for scale in scales if not low <= abs(scale) <= high):
+        contents.notes.append(f"an unusual scale (alpha / rank): {unusual[0]:g}; most adapters have 1 or 2")
+    return contents
+
+
+def _sort(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> tuple[dict[str, Layer], list[str]]:
+    """The layers that these tensors are of, and the names of those that are of none."""
+    layers: dict[str, Layer] = {}
+    others = []
+    for key, shape in shapes.items():
+        end = next((end for end in PARTS if key.endswith(end)), None)
+        if end is None or len(shape) != (1 if PARTS[end] == "bias" else 2):
+            others.append(key)
+            continue
+        path = key.removesuffix(end).removeprefix(PREFIX)
+        if path not in layers:
+            layers[path] = Layer(path, *_from_config(path, config), {})
+        layers[path].shapes[PARTS[end]] = shape
+    return layers, others
+
+
+def _from_config(path: str, config: LoraConfig) -> tuple[int, float, float]:
+    """Rank, alpha and scale, as PEFT's LoraModel takes them from the patterns, and LoraLayer makes a scale of them."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+    return rank, alpha, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _wrong_shapes(layers: Mapping[str, Layer]) -> Iterator[str]:
+    if not layers:
+        yield f"no LoRA weights in it; expected names such as {PREFIX}...q_proj.lora_A.weight"
+    halves = {path for path, layer in layers.items() if not {"A", "B"} <= layer.shapes.keys()}
+    if halves:
+        yield f"{len(halves)} layer(s) with an A or a B only, such as {_some(sorted(halves))}"
+    whole = {path: layer for path, layer in layers.items() if path not in halves}
+    if unequal := {path for path, layer in whole.items() if layer.shapes["A"][0] != layer.shapes["B"][1]}:
+        yield f"{len(unequal)} layer(s) whose A and B differ in rank, such as {_some(sorted(unequal))}"
+    if other := [path for path in whole if path not in unequal and layers[path].rank != layers[path].expected_rank]:
+        yield (
+            f"{len(other)} layer(s) whose rank is not what the config says, such as {_some(other[:1])}: its weights"
+            f" have rank {layers[other[0]].rank}, the config says {layers[other[0]].expected_rank}"
+        )
+
+
+def _look_at_numbers(contents: Contents, tensors: TensorSet, others: list[str]) -> None:
+    """Reads every tensor, one at a time."""
+    damaged, zero = [], []
+    for key in others:
+        if not torch.isfinite(tensors.take(key)).all():
+            damaged.append(key)
+    ends = {part: end for end, part in PARTS.items()}
+    keys = {key.removeprefix(PREFIX): key for key in tensors.shapes}
+    for path, layer in contents.layers.items():
+        for part in layer.shapes:
+            key = keys[path + ends[part]]
+            tensor = tensors.take(key)
+            layer.dtypes[part] = str(tensor.dtype).removeprefix("torch.")
+            layer.bytes += tensor.numel() * tensor.element_size()
+            if not torch.isfinite(tensor).all():
+                damaged.append(key)
+            if part == "B" and not tensor.any():
+                zero.append(path)
+    if damaged:
+        contents.problems.append(f"NaN or Inf in {len(damaged)} tensor(s), such as {_some(damaged)}")
+    if zero:
+        all_ = len(zero) == len(contents.layers)
+        what = "every layer" if all_ else f"{len(zero)} of {len(contents.layers)} layers, such as {_some(zero)}"
+        contents.notes.append(f"B is zero in {what}: {'untrained, it changes nothing' if all_ else 'untrained there'}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name)[:120] for name in names[:EXAMPLES])
+
+
+__all__ = ["Contents", "Layer", "read_contents"]
