@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import peft_layers, peft_methods
+from lorafx import peft_layers, peft_methods, root_forward
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
+from lorafx.diffusers_scale import scale_in, scaled, without_scale
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.peft_change import changing_peft
@@ -78,6 +79,7 @@ class Runtime:
                 vars(module)["_lorafx_runtime"] = self
             if hasattr(type(self.root), "generate"):
                 vars(self.root)["generate"] = Generate(self)
+            root_forward.stand_before(self.root, self)
             peft_methods.guard(self.root, self.bank)
             tuner = peft_layers.tuner_of(self.model)
             if tuner is not None:
@@ -95,6 +97,7 @@ class Runtime:
             hook.remove()
         for module in self.root.modules():
             self.drop_hooks(module)
+        root_forward.step_aside(self.root)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             peft_layers.release(layer)
@@ -207,10 +210,22 @@ class Runtime:
                 self.follower.follow(())
             else:
                 stack.enter_context(self.selected(names, args, kwargs))
-            stack.enter_context(self.bank.calling(None, self.batch_of(args, kwargs)))
+            batch = self.batch_of(args, kwargs)
+            stack.enter_context(self.bank.calling(None, batch))
+            if (scale := scale_in(self.root, kwargs)) != 1.0:
+                if self.unfused or not self.follower.agrees():  # layers of PEFT's, which diffusers itself has to scale
+                    stack.enter_context(self.eagerly())
+                else:
+                    kwargs = without_scale(kwargs)
+                    stack.enter_context(self.bank.calling(scaled(self.bank.in_use, scale), batch))
             stack.enter_context(self.bank.forward())
             self._check_rows()
             return self.entry()(*args, **kwargs)
+
+    def is_running(self) -> bool:
+        """Whether we are inside a call of the root; also once this model is not compiled by us any more."""
+        state = self.bank._call.get()
+        return (state is not None and state.pinned is not None) or runtime_of(self.root) is not self
 
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
