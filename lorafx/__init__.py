@@ -19,6 +19,7 @@ from lorafx.errors import (
 )
 from lorafx.explain import Report, explain
 from lorafx.fuse import fuse
+from lorafx.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -35,4 +36,5 @@ __all__ = [
     "explain",
     "fuse",
     "uncompile",
+    "warmup",
 ]
