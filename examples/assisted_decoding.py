@@ -16,12 +16,10 @@ settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sam
 want = PeftModel.from_pretrained(tiny_llama(), adapters["json"]).generate(input_ids=ids, **settings)
 
 model = lorafx.compile(tiny_llama(), adapters, mode=how)
-fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-draft_adapters = save_adapters(lambda: tiny_llama(layers=1), **{"json-draft": fields})
-draft = lorafx.compile(tiny_llama(layers=1), draft_adapters, mode=how)  # its only adapter is in use at once
+draft = lorafx.compile(tiny_llama(), adapters["sql"], mode=how)  # its only adapter is in use at once
 
 WAYS = {
-    "a plain draft": {"assistant_model": tiny_llama(layers=1)},
+    "a plain draft": {"assistant_model": tiny_llama()},
     "a compiled draft": {"assistant_model": draft},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }

@@ -25,14 +25,14 @@ def mode() -> str | None:
     return parser.parse_args().mode
 
 
-def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama() -> LlamaForCausalLM:
     """The same random weights each time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=layers,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         bos_token_id=1,

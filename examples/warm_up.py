@@ -6,7 +6,7 @@ from common import mode, save_adapters, tiny_llama
 import lorafx
 
 model = lorafx.compile(tiny_llama(), save_adapters(), mode=mode())
-for (rows, length), seconds in lorafx.warmup(model, batch_sizes=[1, 2], lengths=[8, 16]).items():
+for (rows, length), seconds in lorafx.warmup(model, batch_sizes=[1, 2], lengths=[16]).items():
     print(f"{rows} row(s) of {length} tokens: {seconds:.1f} s")
 
 graphs = len(lorafx.explain(model).graphs)

@@ -16,25 +16,23 @@ from lorafx.selection import Selection
 ARGUMENTS = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")
 
 
-def scale_in(root: nn.Module, kwargs: dict[str, Any]) -> float:
-    """The scale that ``kwargs`` of a call ask for; 1.0 where none, or where ``root`` is no model of diffusers."""
-    scales = [
-        value["scale"]
-        for value in map(kwargs.get, ARGUMENTS)
-        if isinstance(value, dict) and isinstance(value.get("scale"), (int, float))
-    ]
-    if not scales or not any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(root).__mro__):
-        return 1.0
-    return float(scales[0])
+def scale_in(root: nn.Module, kwargs: dict[str, Any]) -> float | None:
+    """The scale that ``kwargs`` of a call ask for; None where they hold no such dict, or ``root`` isn't diffusers'."""
+    given = [value for value in map(kwargs.get, ARGUMENTS) if isinstance(value, dict)]
+    if not given or not any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(root).__mro__):
+        return None
+    return float(given[0].get("scale", 1.0))
 
 
 def without_scale(kwargs: dict[str, Any]) -> dict[str, Any]:
     """``kwargs`` with nothing left for diffusers to multiply; what the caller gave stays as it is.
 
-    Nothing else in the dict: None, as in a call without a scale, so that both run one graph.
+    An empty dict becomes None, its default: some pipelines pass the one, some the other, and each is a graph.
     """
     return {
-        name: {k: v for k, v in value.items() if k != "scale"} or None if name in ARGUMENTS and value else value
+        name: {k: v for k, v in value.items() if k != "scale"} or None
+        if name in ARGUMENTS and isinstance(value, dict)
+        else value
         for name, value in kwargs.items()
     }
 

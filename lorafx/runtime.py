@@ -212,12 +212,13 @@ class Runtime:
                 stack.enter_context(self.selected(names, args, kwargs))
             batch = self.batch_of(args, kwargs)
             stack.enter_context(self.bank.calling(None, batch))
-            if (scale := scale_in(self.root, kwargs)) != 1.0:
-                if self.unfused or not self.follower.agrees():  # layers of PEFT's, which diffusers itself has to scale
-                    stack.enter_context(self.eagerly())
-                else:
-                    kwargs = without_scale(kwargs)
+            scale = scale_in(self.root, kwargs)
+            if scale is not None and not self.unfused and self.follower.agrees():
+                kwargs = without_scale(kwargs)
+                if scale != 1.0:
                     stack.enter_context(self.bank.calling(scaled(self.bank.in_use, scale), batch))
+            elif scale not in (None, 1.0):  # layers of PEFT's, which diffusers itself has to scale
+                stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())
             self._check_rows()
             return self.entry()(*args, **kwargs)

@@ -30,18 +30,19 @@ def graphs(model):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_generate_compiles_nothing_more(peft, folders):
+    rows, lengths = ([2], [5, 9]) if peft else ([1, 3], [5])
     if peft:
         model = lorafx.compile(with_peft(LLAMA.build(1), folders), options=EAGER_GRAPH)
     else:
         model = compiled_llama(folders, 1)
-    seconds = lorafx.warmup(model, [1, 3], [5, 9])
-    assert sorted(seconds) == [(1, 5), (1, 9), (3, 5), (3, 9)]
+    seconds = lorafx.warmup(model, rows, lengths)
+    assert sorted(seconds) == [(row, length) for row in rows for length in lengths]
     assert all(value > 0 for value in seconds.values())
     before = graphs(model)
     assert before >= 2
-    for rows, length in seconds:
-        generate(model, rows, length, adapter_names=["b", None, "a"][:rows])
-        generate(model, rows, length, do_sample=True)
+    for batch, length in seconds:
+        generate(model, batch, length, adapter_names=["b", "__base__", "a"][:batch])
+        generate(model, batch, length, do_sample=True)
     assert graphs(model) == before
     generate(model, 3, 5, num_beams=2, cache_implementation="static", disable_compile=True)
     assert graphs(model) > before, "the count would show a shape that was not warm"
