@@ -24,9 +24,10 @@ class RootForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.runtime.root).forward.__get__(self.runtime.root))
 
+    @torch.compiler.disable(recursive=False)  # what Dynamo compiles stays the class's forward, not one frame for all
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         root = self.runtime.root
-        if torch.compiler.is_compiling() or self.runtime.is_running():
+        if self.runtime.is_running():
             return type(root).forward(root, *args, **kwargs)
         return root(*args, **kwargs)
 

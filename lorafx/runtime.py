@@ -223,6 +223,7 @@ class Runtime:
             self._check_rows()
             return self.entry()(*args, **kwargs)
 
+    @torch.compiler.disable
     def is_running(self) -> bool:
         """Whether we are inside a call of the root; also once this model is not compiled by us any more."""
         state = self.bank._call.get()
