@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.set_verbosity_error()
-_folders = tempfile.TemporaryDirectory(prefix="lorafx-examples-")
+scratch = tempfile.TemporaryDirectory(prefix="lorafx-examples-")
 
 
 def mode() -> str | None:
@@ -61,6 +61,6 @@ def save_adapters(build: Callable[[], nn.Module] = tiny_llama, **configs: dict) 
     for seed, (name, fields) in enumerate(configs.items(), start=1):
         model = build()
         torch.manual_seed(seed)
-        folders[name] = str(Path(_folders.name) / name)
+        folders[name] = str(Path(scratch.name) / name)
         get_peft_model(model, LoraConfig(init_lora_weights=False, **fields)).save_pretrained(folders[name])
     return folders

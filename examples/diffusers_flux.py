@@ -1,7 +1,7 @@
 """A diffusers pipeline with its transformer compiled in place: LoRAs come, go, are weighted and fused as ever."""
 
 import torch
-from common import _folders, mode
+from common import mode, scratch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging
 from peft import LoraConfig
@@ -30,7 +30,7 @@ for seed, (name, (rank, layers)) in enumerate(LORAS.items()):
     transformer = tiny_pipeline().transformer
     torch.manual_seed(seed)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=False))
-    FluxPipeline.save_lora_weights(f"{_folders.name}/{name}", get_peft_model_state_dict(transformer))
+    FluxPipeline.save_lora_weights(f"{scratch.name}/{name}", get_peft_model_state_dict(transformer))
 
 torch.manual_seed(1)
 prompt = {"prompt_embeds": torch.randn(2, 6, 32), "pooled_prompt_embeds": torch.randn(2, 32)}
@@ -45,13 +45,13 @@ def draw(pipe: FluxPipeline, **scale: dict) -> torch.Tensor:
 base = draw(reference)
 for each in (pipe, reference):
     for name in ("ink", "oil"):
-        each.load_lora_weights(f"{_folders.name}/{name}", adapter_name=name)
+        each.load_lora_weights(f"{scratch.name}/{name}", adapter_name=name)
 lorafx.compile(pipe.transformer, max_adapters=3, max_rank=8, mode=mode())
 
 STEPS = {
     "set_adapters": lambda p: p.set_adapters(["ink", "oil"], adapter_weights=[0.5, 0.7]),
     "one of them": lambda p: p.set_adapters("ink"),
-    "load_lora_weights": lambda p: p.load_lora_weights(f"{_folders.name}/pixel", adapter_name="pixel"),
+    "load_lora_weights": lambda p: p.load_lora_weights(f"{scratch.name}/pixel", adapter_name="pixel"),
     "disable_lora": lambda p: p.disable_lora(),
     "enable_lora": lambda p: p.enable_lora(),
     "delete_adapters": lambda p: p.delete_adapters("oil"),
@@ -69,3 +69,7 @@ for step, apply in STEPS.items():
     print(f"{step:18} {abs(got - base).max():.2f} from the base's; {len(report.graphs)} graph(s); {report.uncompiled}")
 assert len(report.graphs) <= 1
 assert not report.retraces
+
+lorafx.uncompile(pipe.transformer)
+assert torch.equal(draw(pipe), draw(reference))
+print("uncompiled, the pipeline goes on, with diffusers' LoRAs")

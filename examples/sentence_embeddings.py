@@ -39,3 +39,6 @@ for name, folder in adapters.items():
     print(f"{name}: as PEFT's to {abs(got - reference.encode(sentences)).max():.0e}, {abs(got - plain).max():.2f} away")
 assert numpy.allclose(encoder.encode(sentences), plain, atol=1e-5)
 print(f"no adapter: {plain.shape}, as before; {len(lorafx.explain(model).graphs)} graph(s)")
+
+lorafx.uncompile(model)
+assert numpy.array_equal(encoder.encode(sentences), plain)
