@@ -21,6 +21,7 @@ from lorafx.errors import (
 from lorafx.explain import Report, explain
 from lorafx.fuse import fuse
 from lorafx.logs import switch_on
+from lorafx.warmup import warmup
 
 switch_on(os.environ.get("LORAFX_LOGS", ""))
 
@@ -39,4 +40,5 @@ __all__ = [
     "explain",
     "fuse",
     "uncompile",
+    "warmup",
 ]

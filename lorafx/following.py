@@ -121,6 +121,7 @@ class Follower:
         new = [path for path, layer in runtime.peft.items() if not isinstance(layer, peft_layers.AdaptedLinear)]
         if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
+        peft_layers.note_dropout(runtime.peft)
         self._state = PeftState(runtime.root, runtime.peft)
 
     def _bring_up_switches(self, heeding: bool) -> None:

@@ -35,6 +35,7 @@ class AdaptedLinear(PeftLinear):
     _lorafx_bank: AdapterBank
     _lorafx_site: int
     _lorafx_spoken: object  # another one after each set_adapter that PEFT did not call by itself
+    _lorafx_drops: bool  # any of its adapters has dropout
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(kwargs.get(name) is not None for name in ("adapter_names", "alora_offsets")):
@@ -83,7 +84,9 @@ class AdaptedLinear(PeftLinear):
 
 def needs_gradients(layer: LoraLayer) -> bool:
     """Whether PEFT's own branch has to run: its weights take part in a backward, or its dropout is active."""
-    if layer.training and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
+    # diffusers leaves its layers in training mode; what is read while traced is guarded, and adapters come and go
+    drops = layer.training and getattr(layer, "_lorafx_drops", True)
+    if drops and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
         return True
     return torch.is_grad_enabled() and any(
         p.requires_grad
@@ -187,9 +190,15 @@ def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
     vars(layer).setdefault("_lorafx_spoken", object())
 
 
+def note_dropout(layers: dict[str, PeftLinear]) -> None:
+    """Which layers may drop anything out; said anew whenever adapters have come or gone."""
+    for layer in layers.values():
+        layer._lorafx_drops = any(not isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values())
+
+
 def release(layer: AdaptedLinear) -> None:
     layer.__class__ = PeftLinear
-    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken"):
+    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken", "_lorafx_drops"):
         vars(layer).pop(name, None)
 
 

@@ -1,4 +1,4 @@
-"""Stands before transformers' own ``load_adapter`` and ``add_adapter``: refuses what lorafx couldn't follow."""
+"""Stands before the verbs of transformers and diffusers that add PEFT's layers: refuses what lorafx couldn't follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
 
-GUARDED = ("load_adapter", "add_adapter")
+GUARDED = ("load_adapter", "add_adapter", "load_lora_adapter")
 
 
 class GuardedMethod:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import peft_layers, peft_methods
+from lorafx import peft_layers, peft_methods, root_forward
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
+from lorafx.diffusers_scale import scale_in, scaled, without_scale
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.peft_change import changing_peft
@@ -80,6 +81,7 @@ class Runtime:
                 vars(module)["_lorafx_runtime"] = self
             if hasattr(type(self.root), "generate"):
                 vars(self.root)["generate"] = Generate(self)
+            root_forward.stand_before(self.root, self)
             peft_methods.guard(self.root, self.bank)
             tuner = peft_layers.tuner_of(self.model)
             if tuner is not None:
@@ -97,6 +99,7 @@ class Runtime:
             hook.remove()
         for module in self.root.modules():
             self.drop_hooks(module)
+        root_forward.step_aside(self.root)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             peft_layers.release(layer)
@@ -209,10 +212,24 @@ class Runtime:
                 self.follower.follow(())
             else:
                 stack.enter_context(self.selected(names, args, kwargs))
-            stack.enter_context(self.bank.calling(None, self.batch_of(args, kwargs)))
+            batch = self.batch_of(args, kwargs)
+            stack.enter_context(self.bank.calling(None, batch))
+            scale = scale_in(self.root, kwargs)
+            if scale is not None and not self.unfused and self.follower.agrees():
+                kwargs = without_scale(kwargs)
+                if scale != 1.0:
+                    stack.enter_context(self.bank.calling(scaled(self.bank.in_use, scale), batch))
+            elif scale not in (None, 1.0):  # layers of PEFT's, which diffusers itself has to scale
+                stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())
             self._check_rows()
             return self.entry()(*args, **kwargs)
+
+    @torch.compiler.disable
+    def is_running(self) -> bool:
+        """Whether we are inside a call of the root; also once this model is not compiled by us any more."""
+        state = self.bank._call.get()
+        return (state is not None and state.pinned is not None) or runtime_of(self.root) is not self
 
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
