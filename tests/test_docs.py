@@ -1,4 +1,4 @@
-"""The code on every page runs and prints what the page says; links lead somewhere; the site builds without a warning."""
+"""The code on every page runs and prints what the page says; links lead somewhere; the site builds strictly."""
 
 from __future__ import annotations
 
@@ -102,3 +102,10 @@ def test_documented_names_are_the_public_ones() -> None:
         re.findall(r"^::: lorafx\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
     assert shown == set(lorafx.__all__)
+
+
+def test_tables_of_what_is_covered_are_those_of_the_tests() -> None:
+    from tests.coverage_page import PAGE, written
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert written(page) == page, "out of date: python -m tests.coverage_page"
