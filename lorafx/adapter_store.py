@@ -103,7 +103,7 @@ class AdapterStore:
 
     @property
     def resident(self) -> list[str]:
-        """Those on the device through this store, the least recently used first."""
+        """Those that this store has put on the device, the least recently used first."""
         return [name for name in list(self._brought) if self._bank is not None and name in self._bank]
 
     def __contains__(self, name: object) -> bool:
