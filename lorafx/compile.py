@@ -46,9 +46,9 @@ def compile(
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names
     dynamic, mode: as torch.compile's; mode "eager" computes the same at once and compiles nothing
-    options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted layers'
-        own products apart), "outline" (False: compile each layer, even where many are alike), "inductor" (False: run
-        the rewritten graph as it is), and Inductor's own
+    options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted
+        layers' own products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
+        (False: run the rewritten graph as it is), and Inductor's own
     validate: not there yet; refused
 
     One adapter given is in use at once; of several none is, until ``model.lora.use`` or ``adapter_names`` says which.

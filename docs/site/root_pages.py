@@ -17,3 +17,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """What MkDocs calls for each page. Links from pages in docs/ lead to the root, and here to the pages made above."""
+    for name, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source})", f"]({name})")
+    return markdown
