@@ -1,8 +1,9 @@
-"""Shows the docstrings of this project as they are meant: lines of ``name: what it is`` become a list."""
+"""Shows this project's docstrings as they are meant: lines of ``name: what it is`` as a list, indented code as code."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 
 import griffe
 
@@ -15,6 +16,8 @@ def as_markdown(text: str) -> str:
 
 
 def _paragraph(text: str) -> str:
+    if all(line.startswith("    ") for line in text.split("\n")):  # code; left indented, it would join a list above it
+        return f"```python\n{textwrap.dedent(text)}\n```"
     lines = text.split("\n")
     if not ITEM.match(lines[0]):
         return text
