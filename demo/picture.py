@@ -1,4 +1,5 @@
-"""Draws docs/layer.svg: one layer of the demo model's shape before and after. `python -m demo.picture` (Graphviz)."""
+"""Draws docs/layer.svg, one layer of the demo model's shape before and after, and docs/group.svg: how a group's weights
+lie. `python -m demo.picture` (Graphviz)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafx
+from demo import group_picture
 
 TARGET = Path(__file__).parent.parent / "docs" / "layer.svg"
 
@@ -31,6 +33,7 @@ def main() -> None:
     with torch.no_grad():
         model(torch.arange(5)[None])
     print(lorafx.explain(model).svg(TARGET))
+    group_picture.main()
 
 
 if __name__ == "__main__":

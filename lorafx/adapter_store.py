@@ -34,9 +34,12 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 class StoreStats:
     """Counts since the store was made.
 
-    hits, misses: names that a call asked for and that were, or were not, on the device; host_hits: misses that were in
-    host memory; evictions: adapters that left the device; bytes_read: from disk, or from what the dict holds, into
-    host memory; bytes_copied: to the device; seconds_reading, seconds_copying: spent on that, over all threads;
+    hits, misses: names that a call asked for and that were, or were not, on the device
+    host_hits: misses that were in host memory
+    evictions: adapters that left the device
+    bytes_read: from disk, or from what the dict holds, into host memory
+    bytes_copied: to the device
+    seconds_reading, seconds_copying: spent on that, over all threads
     seconds_waiting: for other calls to end, since they held the room
     """
 
@@ -104,7 +107,7 @@ class AdapterStore:
 
     @property
     def resident(self) -> list[str]:
-        """Those on the device through this store, the least recently used first."""
+        """Those that this store has put on the device, the least recently used first."""
         return [name for name in list(self._brought) if self._bank is not None and name in self._bank]
 
     def __contains__(self, name: object) -> bool:

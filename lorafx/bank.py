@@ -130,7 +130,8 @@ class AdapterBank:
 
     @contextmanager
     def using(self, choice: Choice) -> Iterator[AdapterBank]:
-        """``use`` for the length of a ``with`` block; then what was in use before."""
+        """``use`` for the length of a ``with`` block; then what was in use before. It holds for all threads:
+        ``adapter_names`` of a call is for that call alone."""
         before = self._chosen
         self.use(choice)
         try:
@@ -140,7 +141,7 @@ class AdapterBank:
 
     @property
     def in_use(self) -> Selection:
-        """The selection that a call without ``adapter_names`` takes now."""
+        """What a call without ``adapter_names`` takes now: for each row, or once for all, pairs (name, weight)."""
         state = self._call.get()
         if state is not None and state.pinned is not None:
             return state.pinned.in_use
@@ -256,8 +257,12 @@ class AdapterBank:
         """Load an adapter under a new name: a PEFT folder, a state dict, a (state dict, config) pair, or what ``read``
         gave.
 
-        AdapterFormatError: not an adapter; AdapterMismatchError: does not fit the model, or the name is taken;
-        CapacityError: more adapters than ``max_adapters``. In each case nothing has changed.
+        Where there is no room it is made, which costs one trace of the model, unless ``max_adapters`` or ``max_rank``
+        forbid it. After an error nothing has changed.
+
+        AdapterFormatError: not an adapter
+        AdapterMismatchError: does not fit the model, or the name is taken
+        CapacityError: more adapters than ``max_adapters``, or a rank above ``max_rank``
         """
         self._follow()
         self._check_free(name)
@@ -269,7 +274,10 @@ class AdapterBank:
         self.add(outline.read())
 
     def replace(self, name: str, source: Any) -> None:
-        """Put another adapter in the place of ``name``, which may be in use; its rank and layers may differ."""
+        """Put another adapter in the place of ``name``, which may be in use; its rank and layers may differ.
+
+        AdapterMismatchError: ``name`` is not loaded; and the errors of ``load``
+        """
         self._follow()
         slot = self._slot(name)
         if self._peft is not None:
@@ -531,7 +539,7 @@ class AdapterBank:
         return len(self._slots)
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict for each adapter: name, ranks, targets, layers, bytes, in use."""
+        """One dict for each adapter: name, rank (all of them, where layers differ), targets, layers, bytes, in use."""
         self._catch_up()
         item = self.store.storage.element_size()
         rows = []

@@ -48,9 +48,10 @@ def compile(
         ``AdapterStore``, which holds more adapters than there is room for
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names
-    dynamic, mode, options: as torch.compile's; mode "eager" computes the same at once and compiles nothing;
-        options may hold "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the
-        adapted layers' own products apart), "inductor" (False: run the rewritten graph as it is), and Inductor's own
+    dynamic, mode: as torch.compile's; mode "eager" computes the same at once and compiles nothing
+    options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted
+        layers' own products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
+        (False: run the rewritten graph as it is), and Inductor's own
     validate: not there yet; refused
 
     One adapter given is in use at once; of several none is, until ``model.lora.use`` or ``adapter_names`` says which.
@@ -115,7 +116,10 @@ def compile(
 
 
 def uncompile(model: nn.Module) -> nn.Module:
-    """Give ``model`` back as it was before ``lorafx.compile``. Adapters of a PeftModel stay on it."""
+    """Give ``model`` back as it was before ``lorafx.compile``: the same object. Adapters of a PeftModel stay on it.
+
+    LorafxError: it is not compiled by lorafx
+    """
     runtime = runtime_of(model)
     if runtime is None:
         raise LorafxError("this model is not compiled by lorafx")

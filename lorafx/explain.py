@@ -31,12 +31,14 @@ class Report:
 
     groups: one for each site group, whatever the number of graphs; each with .branches, .lowering and its .reason
     skipped: layers that stay as they are, each with .reason
-    recompiles: graphs that Dynamo made of a frame it had compiled before (another shape or cache, never an adapter)
     retraces: why the bank was packed anew, each time it was
     uncompiled: why calls run as PEFT computes them now, such as merged adapters; empty if they don't
+    graphs: one record for each graph that was compiled: seconds, ops before and after, the code before and after
     source: "graphs", or "modules" before the first call: what is there to be fused, as far as modules tell
     work: ops, FLOPs and bytes of ``tokens`` tokens, for separate branches and fused; counted from shapes, not measured
     memory: what the bank holds; None where there is no bank
+    bank: the table of adapters, as text
+    ranks: by path of a layer, those that stand in the bank there
     """
 
     groups: list[FusedGroup] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Report:
 
     @property
     def recompiles(self) -> int:
+        """Graphs that Dynamo made of a frame it had compiled before: another shape or cache, never an adapter."""
         frames = [graph.frame for graph in self.graphs if graph.frame is not None]
         return len(frames) - len(set(frames))
 
@@ -197,8 +200,9 @@ class Report:
 def explain(model: nn.Module, *, tokens: int = 1, gpu: str | None = None) -> Report:
     """What lorafx did to ``model``, which ``lorafx.compile`` or ``torch.compile(..., backend="lorafx")`` compiled.
 
-    tokens: how many a call has, for the counts of work; gpu: one of ``lorafx.kernels.cost.GPUS``, to show the least
-    time that its memory and its arithmetic need for that work, which is a bound and no measurement
+    tokens: how many a call has, for the counts of work
+    gpu: "a100", "h100", "h200" or "l4", to show the least time that its memory and its arithmetic need for that work,
+        which is a bound and no measurement
 
     LorafxError: nothing of lorafx was ever run on it; a number or a GPU that can't be
     """

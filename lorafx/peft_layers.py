@@ -26,7 +26,7 @@ from lorafx.adapters import AdapterWeights, SiteWeights
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.errors import UnsupportedModelError
 from lorafx.selection import Selection
-from lorafx.sites import apply_site
+from lorafx.sites import apply_site, check_rows
 
 
 class AdaptedLinear(PeftLinear):
@@ -68,6 +68,7 @@ class AdaptedLinear(PeftLinear):
 
     def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The selection row by row, through PEFT's own modules, so that every gradient is there."""
+        check_rows(self._lorafx_bank, self._lorafx_site, x, len(selection))
         y = self.base_layer(x, *args, **kwargs)
         rows = torch.arange(x.shape[0], device=x.device) * len(selection) // x.shape[0]
         result = y

@@ -60,8 +60,7 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
     routing = bank.routing()
     if routing.idle:
         return y
-    if len(routing.rows) > 1 and (reason := rows_unknown(tuple(x.shape), len(routing.rows), bank.batch)):
-        raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
+    check_rows(bank, site, x, len(routing.rows))
     tensors = bank.store.site_tensors(site)
     return torch.ops.lorafx.routed_lora(
         [y],
@@ -78,6 +77,12 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
         None,
         bank.lowering,
     )[0]
+
+
+def check_rows(bank: AdapterBank, site: int, x: Tensor, rows: int) -> None:
+    """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of ``x`` is not known to be rows"""
+    if rows > 1 and (reason := rows_unknown(tuple(x.shape), rows, bank.batch)):
+        raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
 
 
 def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | None:

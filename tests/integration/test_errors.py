@@ -504,6 +504,9 @@ def test_time_major_input_refuses_mixed_batches(mode):
         with pytest.raises(lorafx.UnsupportedModelError, match=r"(?s)inner.*different rows.*one adapter for the whole"):
             model(inputs, adapter_names=["default", "second", "default"])
         assert_close(model(inputs), reference(inputs))
+    assert any(p.requires_grad for p in model.parameters())
+    with pytest.raises(lorafx.UnsupportedModelError, match="inner can't take different adapters"):
+        model(inputs, adapter_names=["default", "second", "default"])  # where gradients are needed, too
 
 
 # ------------------------------------------------------------------------------------------------ gradients

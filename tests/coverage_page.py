@@ -1,0 +1,103 @@
+"""Writes the tables of docs/coverage.md from the lists that the tests run through. `python -m tests.coverage_page`"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from tests.integration import test_errors, test_families, test_generate, test_peft_verbs
+from tests.integration.models import FAMILIES
+from tests.kernels import cases
+from tests.passes import test_left_alone, test_spellings
+
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+PART = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
+
+
+def families() -> str:
+    """One row for each family and choice of targets: which groups of one layer become one op."""
+    rows = []
+    for (name, targets), groups in test_families.GROUPS.items():
+        counted = Counter(" + ".join(group) for group in groups)
+        said = ", ".join(f"{group} (x{n})" if n > 1 else group for group, n in counted.items())
+        rows.append((type(FAMILIES[name].build(1)).__name__, targets, said))
+    others = {"float32 and bfloat16, a PeftModel in place": test_families.FAMILIES}
+    others['`backend="lorafx"` on plain PEFT'] = test_families.SMALL
+    also = [f"- {what}: {', '.join(names)}" for what, names in others.items()]
+    return "\n".join([table(("model", "targets", "groups of a layer, each one op"), rows), "", *also])
+
+
+def spellings() -> str:
+    """Every spelling of a branch that is found, with its code."""
+    rows = [(name, "any graph", code) for name, code in code_of(test_spellings, "SPELLINGS")]
+    rows += [(name, "a graph with shapes", code) for name, code in code_of(test_spellings, "SHAPED")]
+    return table(("spelling", "found in", "as code"), rows)
+
+
+def look_alikes() -> str:
+    """What is left as it is, with the reason that is told."""
+    reasons = {name: f"`...{reason}...`" for name, (_, reason) in test_left_alone.LOOK_ALIKES.items()}
+    rows = [(name, reasons[name], code) for name, code in code_of(test_left_alone, "LOOK_ALIKES")]
+    rows += [
+        (name, "no look-alike: left without a word", code) for name, code in code_of(test_left_alone, "OTHER_THINGS")
+    ]
+    return table(("what", "reason told", "as code"), rows)
+
+
+def calls() -> str:
+    """PEFT's verbs, generate's ways, kinds of layers that stay with PEFT, ranks of a group."""
+    verbs = (verb.__name__.replace("_", " ") for verb in test_peft_verbs.TRACE_NOTHING)
+    return table(
+        ("what", "tested"),
+        [
+            ("done to a compiled PeftModel, without a new trace, each as plain PEFT does it", listed(verbs)),
+            ("hotswap_adapter, by", listed(test_peft_verbs.SWAPS)),
+            ("generate with names row by row, token for token as PEFT", listed(test_generate.WAYS)),
+            ("left to PEFT, bit for bit, and reported", listed(test_errors.KINDS)),
+            ("ranks of the siblings of a group, in each lowering", listed(cases.RANKS)),
+        ],
+    )
+
+
+PARTS = {"families": families, "calls": calls, "spellings": spellings, "look_alikes": look_alikes}
+
+
+def code_of(module: ModuleType, name: str) -> Iterable[tuple[str, str]]:
+    """(key, code) of a dict of functions, or of tuples that begin with one, that stands in ``module``."""
+    body = ast.parse(inspect.getsource(module)).body
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    found = next(n.value for n in body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == name)
+    for key, value in zip(found.keys, found.values, strict=True):
+        value = value.elts[0] if isinstance(value, ast.Tuple) else value
+        if isinstance(value, ast.Lambda):
+            code = ast.unparse(value.body)
+        elif value.id in functions:
+            code = "; ".join(map(ast.unparse, functions[value.id].body))
+        else:  # of tests/passes/toys.py
+            code = re.sub(r"\s+", " ", inspect.getsource(getattr(module, value.id)).rpartition("return ")[2]).strip()
+        yield key.value, f"`{code}`"
+
+
+def listed(names: Iterable[str]) -> str:
+    return "; ".join(names)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def written(page: str) -> str:
+    """``page`` with its parts made anew. KeyError: a part that there is no function for."""
+    made = {name: part() for name, part in PARTS.items()}
+    return PART.sub(lambda found: f"<!-- begin: {found[1]} -->\n\n{made[found[1]]}\n\n<!-- end: {found[1]} -->", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE)
