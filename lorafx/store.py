@@ -101,6 +101,7 @@ class PackedStore:
     int16 where that is enough; scale ``[slots, sites]`` float32
     """
 
+    @torch.inference_mode(False)  # what is made here outlives the caller's mode
     def __init__(
         self,
         sites: Sequence[Site],
@@ -134,6 +135,7 @@ class PackedStore:
     def __getstate__(self) -> dict:
         return {**vars(self), "_held": [None] * self.slots}  # views: a copy makes its own
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device) -> None:
         """Move all memory."""
         moved = {field: getattr(self, field).to(device) for field in ("storage", "owner", "scale", "windows")}
