@@ -37,7 +37,6 @@ class Routing:
         return not any(self.rows)
 
 
-@torch.inference_mode(False)  # kept for later calls, which may be in another mode
 def make_routing(rows: Sequence[Pairs], device: torch.device) -> Routing:
     """``rows``: for each row its (slot, weight) pairs, none for the base model.
 
