@@ -72,14 +72,19 @@ def programs(launch: Launch, rows: Sequence[str], columns: Sequence[str], names:
     return figure
 
 
-def tiles(launch: Launch, rows: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> Figure:
-    """A box for each program: the tile ``[tokens, lanes]`` of S that it stores."""
+def tiles(
+    launch: Launch, rows: Sequence[str], columns: Sequence[str], siblings: Sequence[str], names: Sequence[str]
+) -> Figure:
+    """A box for each program: the tile ``[tokens, lanes]`` of S that it stores, its lanes those of each sibling in
+    turn."""
     height, width = launch.grid
-    figure, every = plt.subplots(height, width, figsize=(11, 0.75 * height + 0.9), squeeze=False)
+    figure, every = plt.subplots(height, width, figsize=(9.6, 0.75 * height + 1.1), squeeze=False)
     for i in range(height):
         for j in range(width):
             axes = every[i, j]
-            for tile in launch.tiles.get((i, j), ()):
+            axes.spines[["top", "right"]].set_visible(True)
+            stored = launch.tiles.get((i, j), ())
+            for tile in stored:
                 count, lanes = tile.shape
                 done = 0
                 for row, run in groupby(tile.tolist()):
@@ -87,9 +92,17 @@ def tiles(launch: Launch, rows: Sequence[str], columns: Sequence[str], names: Se
                     _lanes(axes, numpy.array(row), 0, -done, lanes, alike, upright=False)
                     done += alike
                 axes.set(xlim=(0, lanes), ylim=(-count, 0))
+            if not stored:
+                axes.text(
+                    0.5, 0.5, "leaves", ha="center", va="center", color=FAINT, fontsize=7, transform=axes.transAxes
+                )
+                axes.spines[:].set(color="#d0d7de", linestyle=":")
             axes.set(xticks=[], yticks=[])
             if i == 0:
-                axes.set_title(columns[j], fontsize=9, loc="center")
+                axes.set_title(columns[j], fontsize=8, loc="center", pad=11)
+                for k, sibling in enumerate(siblings if stored else ()):
+                    at = (k + 0.5) / len(siblings)
+                    axes.text(at, 1.02, sibling, ha="center", fontsize=6, color=FAINT, transform=axes.transAxes)
             if j == 0:
                 axes.set_ylabel(rows[i], rotation=0, ha="right", va="center", fontsize=9)
     _legend(figure, names)
