@@ -5,7 +5,7 @@ READY := .venv/.ready
 PROMPT ?=
 export PROMPT
 
-.PHONY: demo test slow lint format adapters docs clean
+.PHONY: demo test slow lint format notebooks docs adapters clean
 
 demo: $(READY)
 	$(BIN)/python -m demo --prompt "$$PROMPT"
@@ -23,6 +23,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# runs all notebooks anew and saves what they show
+notebooks: $(READY)
+	$(BIN)/python -m notebooks
 
 # trains the demo's adapters anew, from demo/data
 adapters: $(READY)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorafx.errors import LorafxError
 from lorafx.layout import svg_of
+from lorafx.passes.naming import told_apart
 from lorafx.passes.record import Box, FusedGroup, Sketch
 
 FILLS = {"base": "#dbe7f6", "lora": "#f9cfae", "fused": "#bfe3bf", "other": "#eeeeee", "edge": "#ffffff"}
@@ -38,7 +39,7 @@ def sketch_groups(groups: Sequence[FusedGroup]) -> tuple[Sketch, Sketch] | None:
         x = len(after)
         after.append(Box("x", "edge", ()))
         after += [Box(_label(branch), "base", (x,)) for branch in group.branches]
-        names = ", ".join(branch.name.rpartition(".")[2] for branch in group.branches)
+        names = ", ".join(told_apart([branch.name for branch in group.branches]))
         after.append(Box(f"lorafx.{group.op}\n{names}", "fused", tuple(range(x, len(after)))))
     return Sketch(layer, tuple(before)), Sketch(layer, tuple(after))
 

@@ -18,6 +18,7 @@ from lorafx.footprint import Memory, Ranks, WorkTable, memory_of, ranks_in_bank,
 from lorafx.kernels.cost import GPUS
 from lorafx.kernels.ops import choose_lowering
 from lorafx.passes.branch import Skipped
+from lorafx.passes.naming import told_apart
 from lorafx.passes.record import FusedBranch, FusedGroup, Sketch
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
@@ -100,7 +101,7 @@ class Report:
         """One row for each kind of group: equal groups of many layers are counted, not repeated."""
         kinds: Counter[tuple] = Counter()
         for group in self.groups:
-            names = ", ".join(branch.name.rpartition(".")[2] for branch in group.branches)
+            names = ", ".join(told_apart([branch.name for branch in group.branches]))
             inputs = {branch.in_features for branch in group.branches}
             outputs = ", ".join(str(branch.out_features) for branch in group.branches)
             widths = f"{' or '.join(map(str, sorted(inputs, key=str)))} -> {outputs}"

@@ -27,7 +27,10 @@ log = logging.getLogger("lorafx.passes")
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-FIND = (mark_branches,)  # branches -> lorafx.branch
+FIND = (
+    mark_branches,  # branches -> lorafx.branch
+    clean_up,  # what they were made of
+)
 REWRITE = (
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -25,6 +26,19 @@ def module_path(node: fx.Node) -> str:
     """The module whose forward ``node`` stands in; "" where tracing does not say."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """The end of each dotted path, as long as it takes to tell it from the others: ``q_proj``, but ``q.base``."""
+    shown = []
+    for path in paths:
+        parts = path.split(".")
+        others = [other.split(".") for other in paths if other != path]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        shown.append(".".join(parts[-length:]))
+    return shown
 
 
 def clean_path(path: str) -> str:

@@ -17,7 +17,7 @@ from lorafx.passes.context import PassContext
 from lorafx.passes.graph_reading import example
 from lorafx.passes.group_markers import SITE, is_marker
 from lorafx.passes.linear_layers import as_linear
-from lorafx.passes.naming import layer_name, module_path
+from lorafx.passes.naming import layer_name, module_path, told_apart
 from lorafx.passes.record import Box, Sketch, op_name
 
 SPREAD = torch.ops.lorafx.row_weights.default
@@ -78,6 +78,9 @@ class _Drawing:
         self.input = _Box("input", "edge")
         self.ours = _ours(gm)
         self.hidden = self._hidden_inputs()
+        inside = (node for node in gm.graph.nodes if self.is_inside(node) and as_linear(gm, node) is not None)
+        paths = list(dict.fromkeys(layer_name(gm, node) for node in inside))
+        self.names = dict(zip(paths, told_apart(paths), strict=True))
 
     def is_inside(self, node: fx.Node) -> bool:
         if not node.op.startswith("call_") or node in self.ours:
@@ -91,7 +94,7 @@ class _Drawing:
         if node.target is operator.getitem and self._reads(node) and "lorafx_group" in node.args[0].meta:
             self.of[node] = self.of[node.args[0]]  # one of the outputs of a fused op
         elif group is not None:
-            names = ", ".join(_short(branch.name) for branch in group.branches)
+            names = ", ".join(told_apart([branch.name for branch in group.branches]))
             folded = len(node.args) > LAYERS and node.args[LAYERS]
             label = f"lorafx.{group.op}\n{names}" + ("\nand the layers themselves" if folded else "")
             self._box(node, label, "fused")
@@ -99,7 +102,7 @@ class _Drawing:
             self._branch(node)
         elif (linear := as_linear(self.gm, node)) is not None:
             widths = f"{linear.weight.in_features} → {linear.weight.out_features}"
-            self._box(node, f"{_short(layer_name(self.gm, node))}\n{widths}", "base")
+            self._box(node, f"{self.names[layer_name(self.gm, node)]}\n{widths}", "base")
         else:
             self._join(node)
 

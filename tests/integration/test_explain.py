@@ -14,8 +14,10 @@ from peft import get_peft_model
 
 import lorafx
 from lorafx import drawing
+from lorafx.passes.naming import told_apart
 from lorafx.passes.record import Box, Sketch
 from tests.integration.models import EAGER_GRAPH, FAMILIES, config, run, save_adapter, tokens
+from tests.passes.toys import siblings
 
 LLAMA = FAMILIES["llama"]
 INPUTS = {"input_ids": tokens(1)}
@@ -102,6 +104,53 @@ def test_graph_of_the_backend_without_a_bank():
     assert labels(before, "lora") == {"lora_A": 2, "lora_B": 2, "* scale": 2, "+": 2}
     assert labels(after, "fused") == {"lorafx.fused_lora": 1}
     assert alike == 2
+
+
+def test_branches_that_were_marked_are_drawn_once():
+    """What a branch was made of stands in the graph until it is cleaned up: it is not drawn beside the branch."""
+    _, report = lorafx.fuse(torch.fx.symbolic_trace(siblings(3)))
+    (before, _), _ = report._picture()
+    assert labels(before, "base") == {"q": 1, "k": 1, "v": 1}
+    assert labels(before, "lora") == {"lora_A": 3, "lora_B": 3, "* scale": 3, "+": 3}
+
+
+def test_layers_of_one_name_are_told_apart():
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = torch.nn.Linear(8, 8)
+            self.a, self.b = torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(2, 8, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.a(x)) * 2.0
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = Adapted(), Adapted()
+
+        def forward(self, x):
+            return self.q(x), self.k(x)
+
+    _, report = lorafx.fuse(torch.fx.symbolic_trace(Pair()))
+    assert report.table()[0]["branches"] == "q.base, k.base"
+    (before, after), _ = report._picture()
+    assert labels(before, "base") == labels(after, "base") == {"q.base": 1, "k.base": 1}
+    assert "q.base, k.base" in next(box.label for box in after.boxes if box.kind == "fused")
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        ((), []),
+        (("layers.0.attn.q", "layers.0.attn.k"), ["q", "k"]),
+        (("a.q.base", "a.k.base", "a.o"), ["q.base", "k.base", "o"]),
+        (("base", "q.base"), ["base", "q.base"]),
+        (("q", "q"), ["q", "q"]),
+    ],
+)
+def test_names_are_as_long_as_it_takes(paths, shown):
+    assert told_apart(paths) == shown
 
 
 @pytest.mark.parametrize("program", ["Graphviz", "lorafx"])
