@@ -1,12 +1,10 @@
 """Run LoRA adapters, unmerged and swappable, on any PyTorch model: ``model = lorafx.compile(model, adapters)``."""
 
 import os
-from pathlib import Path
 
-# In a checkout passes/ and kernels/ stand beside this folder, not in it: installed or not, Python finds them there.
-_here = Path(__file__).parent
-if not (_here / "passes").is_dir() and (_here.parent / "passes").is_dir():
-    __path__.append(str(_here.parent))
+from lorafx import checkout
+
+checkout.find_parts()
 
 from lorafx.adapter_store import AdapterStore
 from lorafx.bank import AdapterBank
