@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PROMPT ?=
+JOBS ?= 2
 export PROMPT
 
 .PHONY: demo test slow lint format notebooks docs adapters clean
@@ -10,8 +11,9 @@ export PROMPT
 demo: $(READY)
 	$(BIN)/python -m demo --prompt "$$PROMPT"
 
+# one process a core: torch's threads of two would stand in each other's way
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
