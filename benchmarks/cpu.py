@@ -6,8 +6,8 @@ another order every round; what each computes is held against PEFT in float64 be
 does the same with one layer of Llama-3-8B's shape.
 
 Each case runs in a process of its own: none inherits what Dynamo knows or what memory another has taken. polylora takes
-part where it is installed (``pip install --no-deps polylora``); on a CPU it runs eagerly, row by row. llama.cpp does
-not: it has none of these weights in float32, and its LoRA needs a conversion that this project doesn't have.
+part where it is installed (``pip install --no-deps polylora``); on a CPU it runs eagerly, row by row. llama.cpp has a
+command of its own, ``python -m benchmarks.cpu_llama_cpp``.
 """
 
 from __future__ import annotations
