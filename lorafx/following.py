@@ -95,7 +95,7 @@ class Follower:
             check_in_place(runtime.model, runtime.root)
             if self._device() != bank.store.storage.device:
                 bank.move(self._device())
-            runtime._entry, self._hooks = None, self._read_hooks()
+            runtime._entries, self._hooks = {}, self._read_hooks()
         if self._state is not None and not self._state.attached():
             self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
             self._run_uncompiled("PEFT has taken its layers off (compile what is left anew)")

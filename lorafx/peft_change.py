@@ -50,7 +50,7 @@ class Before:
         runtime, bank = follower.runtime, follower.runtime.bank
         self.model = Snapshot(runtime.model)
         self.attributes = [
-            (runtime, {part: getattr(runtime, part) for part in ("_entry", "unfused")}),
+            (runtime, {part: getattr(runtime, part) for part in ("_entries", "unfused")}),
             (bank, {part: getattr(bank, part) for part in ("store", "_slots", "_chosen", "_fallback", "_disabled")}),
             (follower, vars(follower).copy()),
         ]

@@ -4,10 +4,14 @@ compiled call (sentence-transformers does)."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from lorafx.sites import RefuseNames
 
 if TYPE_CHECKING:
     from lorafx.runtime import Runtime
@@ -36,6 +40,18 @@ def stand_before(root: nn.Module, runtime: Runtime) -> None:
     """Not where the model has a forward of its own, as accelerate's hooks give it: that is called as it is."""
     if "forward" not in vars(root):
         vars(root)["forward"] = RootForward(runtime)
+
+
+def shortest_call(root: nn.Module) -> Callable[..., Any]:
+    """What runs the root from inside: the class's own forward, unless nn.Module's call does more than that (names
+    of adapters are taken out of ours). The way
+    through our own ``forward`` costs a fifth of a millisecond."""
+    ours = isinstance(vars(root).get("forward"), RootForward)
+    pre_hooks = [hook for hook in root._forward_pre_hooks.values() if not isinstance(hook, RefuseNames)]
+    hooked = pre_hooks or root._forward_hooks or root._backward_hooks or root._backward_pre_hooks
+    if not ours or hooked or _has_any_global_hook():
+        return root._call_impl
+    return type(root).forward.__get__(root)
 
 
 def step_aside(root: nn.Module) -> None:

@@ -29,7 +29,7 @@ log = logging.getLogger("lorafx")
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("follower", "_entry", "_making_entry", "_hooks", "_forced_eager", "graphs")
+NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "graphs")
 
 
 class Runtime:
@@ -53,7 +53,7 @@ class Runtime:
 
     def _begin(self) -> None:
         """What can't be copied or pickled, and is made anew in a copy."""
-        self._entry: Callable[..., Any] | None = None
+        self._entries: dict[str, Callable[..., Any]] = {}  # by the name of what is compiled
         self._making_entry = threading.Lock()
         self._forced_eager = 0
         self._hooks: list[Any] = []
@@ -155,11 +155,11 @@ class Runtime:
         self._attach_sites()
         if reason is None:
             return
-        reasons = [] if self.eager or self._entry is None else [reason]
+        reasons = [] if self.eager or not self._entries else [reason]
         if reasons:
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
         # in one step, and the last: what stops us before it leaves no trace in the report, nor costs one
-        self._retraced_at, self._entry, self.retraces[:] = len(self.graphs), None, [*self.retraces, *reasons]
+        self._retraced_at, self._entries, self.retraces[:] = len(self.graphs), {}, [*self.retraces, *reasons]
 
     def _guard_use(self, selection: Selection) -> None:
         if self.follower.gone and names_in(selection):
@@ -235,10 +235,11 @@ class Runtime:
         """What runs the root: its own call, compiled unless something rules that out."""
         if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
             return self.root._call_impl
+        call = root_forward.shortest_call(self.root)
         with self._making_entry:  # threads that come first together share one
-            if self._entry is None:
-                self._entry = compiled_entry(self.root, self._backend, self.dynamic)
-            return self._entry
+            if call.__name__ not in self._entries:
+                self._entries[call.__name__] = compiled_entry(call, self._backend, self.dynamic)
+            return self._entries[call.__name__]
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(gm, inputs, self.options, self.bank, self._keep)
@@ -307,12 +308,12 @@ class Generate:
             return type(root).generate(root, *args, **kwargs)
 
 
-def compiled_entry(root: nn.Module, backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
-    """``root``'s call, compiled, with recompiles counted apart from every other compiled function's."""
+def compiled_entry(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """``call``, compiled, with recompiles counted apart from every other compiled function's."""
     extra: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
         extra = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
-    return torch.compile(root._call_impl, backend=backend, dynamic=dynamic, **extra)
+    return torch.compile(call, backend=backend, dynamic=dynamic, **extra)
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
