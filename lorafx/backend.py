@@ -59,7 +59,7 @@ class Options:
             try:
                 patches = dict(torch._inductor.list_mode_options(mode))
             except RuntimeError as error:
-                raise LorafxError(f"got mode {mode!r}; expected one of torch.compile's or 'eager'. {error}") from error
+                raise LorafxError(f"got mode {mode!r}; expected one of torch.compile's, or 'eager': {error}") from error
         known = set(torch._inductor.list_options())
         unknown = sorted(key for key in rest if key.replace("-", "_") not in known)
         if unknown:

@@ -36,6 +36,7 @@ class Report:
     uncompiled: why calls run as PEFT computes them now, such as merged adapters; empty if they don't
     graphs: one record for each graph that was compiled: seconds, ops before and after, the code before and after
     source: "graphs", or "modules" before the first call: what is there to be fused, as far as modules tell
+    untraced: why there is no graph, where the source is "modules"
     work: ops, FLOPs and bytes of ``tokens`` tokens, for separate branches and fused; counted from shapes, not measured
     memory: what the bank holds; None where there is no bank
     bank: the table of adapters, as text
@@ -48,6 +49,7 @@ class Report:
     retraces: list[str] = field(default_factory=list)
     uncompiled: str = ""
     source: str = "graphs"
+    untraced: str = "nothing has been called yet"
     bank: str = ""
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
     work: WorkTable | None = None
@@ -142,7 +144,7 @@ class Report:
         branches = sum(len(group.branches) for group in self.groups)
         lines = [f"lorafx: {len(self.groups)} group(s) of {branches} LoRA branch(es), {len(self.skipped)} skipped"]
         if self.source == "modules":
-            lines[0] += " (from the modules; nothing has been called yet)"
+            lines[0] += f" (from the modules; {self.untraced})"
         else:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
@@ -238,6 +240,8 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
     report = report_on(runtime.graphs)
     if not runtime.graphs:
         report.source = "modules"
+        if runtime.eager:
+            report.untraced = "mode='eager' traces no graph"
         report.groups = _groups_from_modules(runtime)
     report.skipped = [Skipped(path, reason) for path, reason in runtime.unfused.items()] + report.skipped
     report.retraces = list(runtime.retraces)

@@ -10,6 +10,7 @@ PEFT makes new tensors of the file's, the real ones take the same way.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from lorafx.peft_layers import AdaptedLinear
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
+SIZES = re.compile(r"size mismatch for (\S+): copying .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")  # as torch says it
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,16 @@ def _said_by_peft(name: str, bare: nn.Module, expected: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        raise _mismatch(name, bare, str(error)[:MESSAGE_LIMIT] or type(error).__name__, expected) from error
+        raise _mismatch(name, bare, _in_short(str(error)) or type(error).__name__, expected) from error
+
+
+def _in_short(said: str) -> str:
+    """Of many sizes that don't fit the first one, as a sentence."""
+    sizes = SIZES.findall(said)
+    if not sizes:
+        return said[:MESSAGE_LIMIT]
+    (layer, theirs, ours), more = sizes[0], f", and {len(sizes) - 1} more" if len(sizes) > 1 else ""
+    return f"size mismatch for {layer[:MESSAGE_LIMIT]}: the adapter has {theirs}, this model {ours}{more}."
 
 
 def _mismatch(name: str, bare: nn.Module, got: str, expected: str) -> AdapterMismatchError:

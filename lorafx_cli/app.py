@@ -21,7 +21,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A model's folder, its name on the hub, or 'demo'.", show_default=False)]
 Adapters = Annotated[
     list[str],
-    typer.Option("--adapter", "-a", metavar="NAME=PATH", help="A PEFT folder under a name. Repeat for more."),
+    typer.Option(
+        "--adapter", "-a", metavar="NAME=PATH", help="An adapter under a name, or a path alone. Repeat for more."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -87,7 +89,7 @@ def inspect(
 def explain(
     model: Model,
     adapter: Adapters,
-    svg: Annotated[Path | None, typer.Option(help="Draw one layer to this file (needs Graphviz).")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw one layer to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report to this file, as HTML.")] = None,
     json: Json = False,
     compiled: Annotated[
@@ -136,6 +138,10 @@ def convert(
     """Write an adapter in another format."""
     if dtype is not None and to is not Format.gguf:
         raise typer.BadParameter("--dtype is for --to gguf: a PEFT folder keeps the numbers as they are")
+    if to is Format.gguf and model is None:
+        raise typer.BadParameter("--to gguf needs --model: the file is laid out by the base model's config")
+    if not overwrite and out.exists() and (to is Format.gguf or (out / "adapter_config.json").exists()):
+        raise typer.BadParameter(f"{str(out)!r} is there already; --overwrite replaces it")
     from lorafx.cli.converting import run
 
     return run(source, out, to=to.value, model=model, dtype=dtype.value if dtype else None, overwrite=overwrite)

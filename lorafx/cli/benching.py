@@ -146,7 +146,7 @@ def _print(facts: dict[str, Any], medians: dict[str, float], batch: int, differe
     reference = next(iter(medians.values()))
     rows = [
         {"what": title, "ms a step": round(step * 1e3, 2), "tokens/s": round(batch / step, 1)}
-        | {"to base": round(step / reference, 3)}
+        | {"times base": round(step / reference, 2)}
         for title, step in medians.items()
     ]
     if as_json:
@@ -157,5 +157,5 @@ def _print(facts: dict[str, Any], medians: dict[str, float], batch: int, differe
         f"Medians of {facts['rounds']} rounds in turn, {batch} row(s); outputs agree: LoRA deltas are {difference:.0e}"
         " apart (relative).",
         ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("rows", "rounds")),
-        "These numbers are of this machine, now.",
+        "A tiny model shows what each call costs besides its work. These numbers are of this machine, now.",
     )

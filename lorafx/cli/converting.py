@@ -15,6 +15,10 @@ def run(source: str, out: Path, *, to: str, model: str | None, dtype: str | None
         from lorafx import formats
     except ImportError as error:
         raise LorafxError(f"this lorafx converts nothing yet: {error}") from error
+    if model is None and formats.detect(source) in ("gguf", "kohya"):
+        raise LorafxError(
+            f"{source!r} names its layers in a way that means something with the base model only: --model"
+        )
     base = load_skeleton(model, "meta") if model is not None else None
     if to == "gguf":
         formats.to_gguf(source, out, model=base, dtype=dtype or "f16", overwrite=overwrite)

@@ -9,7 +9,7 @@ import torch
 
 import lorafx
 from lorafx.cli.models import load, load_skeleton
-from lorafx.cli.output import print_json, printable
+from lorafx.cli.output import console, print_json, printable
 from lorafx.errors import UnsupportedModelError
 
 TOKENS = 8  # of the one call that is compiled
@@ -42,6 +42,8 @@ def run(
         print_json(report.to_dict())
     else:
         print("\n".join(printable(line, limit=None) for line in str(report).splitlines()))
+    for path in filter(None, (svg, html)):
+        console(stderr=True).print(f"wrote {path}", style="dim", markup=False, highlight=False)
     return 0
 
 

@@ -6,12 +6,20 @@ from pathlib import Path
 
 from lorafx.cli.contents import read_contents
 from lorafx.cli.output import print_json, print_lines, print_table
+from lorafx.errors import AdapterFormatError
+from lorafx.formats import detect
 
 ROWS_LIMIT = 60  # a hostile file may name each of its layers differently
 
 
 def run(path: Path, *, as_json: bool = False) -> int:
     """Print it. Returns 1 where something is wrong with the adapter, else 0. AdapterFormatError: not an adapter"""
+    kind = detect(path)
+    if kind != "peft":
+        raise AdapterFormatError(
+            f"{str(path)!r} is a {kind} file; inspect reads PEFT folders. Make one of it: lorafx convert {path} FOLDER"
+            " --to peft --model MODEL"
+        )
     contents = read_contents(path)
     facts = contents.to_dict()
     if as_json:

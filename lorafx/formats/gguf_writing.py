@@ -48,6 +48,11 @@ def to_gguf(
         raise LorafxError(
             f"writing a GGUF file needs the gguf package ({error}): pip install 'lorafx[formats]'"
         ) from error
+    if not isinstance(model, nn.Module):
+        raise LorafxError(
+            f"got {type(model).__name__} for model; expected the adapter's base model, by whose config such a file is"
+            " laid out"
+        )
     if dtype not in DTYPES:
         raise LorafxError(f"got dtype={show(dtype)}; expected one of {', '.join(DTYPES)}")
     name, path, root = name_of(source), Path(out_file), base_model_of(model)

@@ -139,3 +139,8 @@ def test_detect(folder, tmp_path):
     for path in ("c", "empty", "missing", "nul\0"):
         with pytest.raises(lorafx.AdapterFormatError):
             detect(tmp_path / path)
+
+
+def test_gguf_without_the_model_is_refused(tmp_path):
+    with pytest.raises(lorafx.LorafxError, match="expected the adapter's base model"):
+        to_gguf(tmp_path, tmp_path / "a.gguf", None)

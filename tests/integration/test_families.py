@@ -148,6 +148,10 @@ def test_groups_before_the_first_call_are_said_to_be_from_modules(tmp_path):
     assert report.source == "modules"
     assert "nothing has been called yet" in str(report)
     assert sum(len(group.branches) for group in report.groups) == 14
+    lorafx.uncompile(model)
+    lorafx.compile(model, save_adapters(family, tmp_path, a={"target_modules": "all-linear"}), mode="eager")
+    run(model, family.inputs(1))
+    assert "mode='eager' traces no graph" in str(lorafx.explain(model))
 
 
 def test_groups_and_node_counts(case):

@@ -221,7 +221,9 @@ def test_what_is_wrong_is_said_before_anything_is_read(reader, monkeypatch, tmp_
     tensors[next(iter(tensors))] = torch.zeros(4, 31)
     save_file(tensors, weights_file(folder))
     monkeypatch.setattr(reading, "load_onto", checked_on_meta(reading.load_onto))
-    with pytest.raises(lorafx.AdapterMismatchError, match="size mismatch"):
+    with pytest.raises(
+        lorafx.AdapterMismatchError, match=r"size mismatch for .*: the adapter has \[4, 31\], this model \[4, 32\]\."
+    ):
         reader.open("a", folder)
 
 
