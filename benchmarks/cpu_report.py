@@ -1,11 +1,16 @@
-"""What the CPU benchmark found: tables in Markdown, and a plot. Losses are shown as plainly as wins."""
+"""What the CPU benchmark found: tables in Markdown, and a plot. Losses are shown as plainly as wins.
+
+``python -m benchmarks.cpu_report docs/cpu/cpu.json`` prints the table of docs/performance.md.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
+from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, LORAFX, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
 
 COLORS = {
     BASE: "black",
@@ -67,6 +72,24 @@ def memory_table(results: dict[int, dict]) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
+def summary(results: dict[int, dict]) -> list[str]:
+    """Markdown, one line for each case that has the base in it: medians of the ratios, a column for each contender."""
+    columns = (LORAFX, IDLE, BASE_EAGER, PEFT, PEFT_COMPILED, MERGED, POLYLORA)
+    lines = [
+        f"| | {BASE} | {' | '.join(columns)} | asked: at most (aim) |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for number, result in results.items():
+        rows = {row["contender"]: row for row in result["rows"]}
+        if BASE not in rows or int(number) in TITLES:
+            continue
+        ratios = (f"{rows[name]['ratio']['median']:.3f}" if name in rows else "" for name in columns)
+        asked = next((f"{t['must']:g} ({t['aim']:g})" for t in result["targets"] if t["to"] == BASE), "")
+        base = f"{rows[BASE]['seconds']['median'] * 1e3:.1f} ms"
+        lines.append(f"| {result['title']} | {base} | {' | '.join(ratios)} | {asked} |")
+    return lines
+
+
 def plot(results: dict[int, dict], title: str, path: Path) -> None:
     """Bars of the ratios, by case; quartiles as whiskers, what lorafx must reach as a red tick."""
     from matplotlib import pyplot
@@ -98,3 +121,7 @@ def plot(results: dict[int, dict], title: str, path: Path) -> None:
 
 def _ticks(targets: Iterable[dict], name: str, first: str) -> list[float]:
     return [t["must"] for t in targets if t["of"] == name and t["to"] == first]
+
+
+if __name__ == "__main__":
+    print("\n".join(summary(json.loads(Path(sys.argv[1]).read_text())["cases"])))
