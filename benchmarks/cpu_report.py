@@ -10,7 +10,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.cpu_cases import BASE, BASE_EAGER, IDLE, LORAFX, MERGED, PEFT, PEFT_COMPILED, POLYLORA, RECOMPILE_TARGET
+from benchmarks.cpu_cases import (
+    BASE,
+    BASE_EAGER,
+    IDLE,
+    LORAFX,
+    MERGED,
+    PEFT,
+    PEFT_COMPILED,
+    POLYLORA,
+    RECOMPILE_TARGET,
+    TITLES,
+)
 
 COLORS = {
     BASE: "black",
