@@ -66,10 +66,7 @@ def measure(number: int, options: argparse.Namespace) -> dict:
     case = cpu_cases.TIMED[number]
     prefill = case.entries[0].forward.tokens > 1
     rounds = max(4, options.rounds // 4) if prefill else options.rounds
-    result = cpu_timing.measure(case, base, rounds, inductor, options.slow)
-    if options.model == "llama-8b":
-        result["targets"] = []  # they were set for SmolLM2-135M
-    return result
+    return cpu_timing.measure(case, base, rounds, inductor, options.slow)
 
 
 def in_own_process(number: int, arguments: list[str]) -> dict | None:
@@ -96,10 +93,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", default="-", help="where --case writes what it found; -: stdout")
     parser.add_argument("--without-inductor", action="store_true", help="run the traced graphs as they are: for tests")
     options = parser.parse_args(arguments)
-    there = cpu_cases.numbers(options.model == "llama-8b")
+    there = cpu_cases.numbers()
     options.cases = options.cases or ([options.case] if options.case else there)
     if unknown := set(options.cases) - set(there):
-        parser.error(f"no case {min(unknown)} for {options.model}; there are {', '.join(map(str, there))}")
+        parser.error(f"no case {min(unknown)}; there are {', '.join(map(str, there))}")
     return options
 
 

@@ -50,12 +50,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Timed:
-    """Contenders that take turns; ratios are to the first's time. ``llama``: also worth a look at Llama-3-8B's shape"""
+    """Contenders that take turns; ratios are to the first's time."""
 
     title: str
     entries: tuple[Entry, ...]
     targets: tuple[Target, ...]
-    llama: bool = True
 
 
 def _against_base(forward: Case, must: float, aim: float, *more: Target) -> Timed:
@@ -73,7 +72,7 @@ def _decode(rows: int, ranks: tuple[int, ...], targets: tuple[str, ...], in_use:
 def _resident(title: str, few: tuple[str, Case], many: tuple[str, Case], must: float, aim: float) -> Timed:
     """What adapters cost that are loaded beside the one in use."""
     entries = tuple(Entry(f"{LORAFX}, {name}", LORAFX, forward) for name, forward in (few, many))
-    return Timed(title, entries, (Target(entries[1].name, entries[0].name, must, aim),), llama=False)
+    return Timed(title, entries, (Target(entries[1].name, entries[0].name, must, aim),))
 
 
 _ALL_IDLE = _decode(8, MIXED, ALL, in_use=0)
@@ -113,9 +112,9 @@ def too_slow(entry: Entry, layers: int) -> bool:
     return entry.kind == PEFT_COMPILED and len(entry.forward.ranks) > 1 and layers > MIXED_PEFT_LAYERS
 
 
-def numbers(llama: bool) -> list[int]:
-    """The cases there are for the demo's model, or for Llama-3-8B's shape."""
-    return [n for n, case in TIMED.items() if case.llama or not llama] + ([] if llama else list(TITLES))
+def numbers() -> list[int]:
+    """The cases there are."""
+    return [*TIMED, *TITLES]
 
 
 def title(number: int) -> str:
