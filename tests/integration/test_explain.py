@@ -71,6 +71,8 @@ def test_boxes_stand_behind_what_they_read_and_all_lead_from_input_to_output(tmp
     (before, after), _ = lorafx.explain(compiled(tmp_path))._picture()
     for sketch in (before, after):
         assert [sketch.boxes[i].label for i in (0, -1)] == ["input", "output"]
+        # of what leaves the layer, the next one's input alone: keys and values go to the cache
+        assert [sketch.boxes[i].label for i in sketch.boxes[-1].inputs] == ["layers.0\nadd"]
         for i, box in enumerate(sketch.boxes):
             assert all(j < i for j in box.inputs)
             assert reached(sketch, 0, i), box
