@@ -59,7 +59,7 @@ ERROR = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceba
         ({"outputs": [nbformat.v4.new_output("stream", name="stderr", text="a warning")]}, "stderr: 'a warning'"),
         ({"outputs": [nbformat.v4.new_output("stream", text="Traceback (most recent call last):")]}, "a traceback"),
         ({"outputs": [nbformat.v4.new_output("stream", text="saved to /root/x.svg")]}, "/root/x.svg"),
-        ({"outputs": [nbformat.v4.new_output("display_data", {"text/html": "<a href='/tmp/wt-1/a'>"})]}, "/tmp/wt-1/a"),
+        ({"outputs": [nbformat.v4.new_output("display_data", {"text/html": "<a href='/tmp/made/a'>"})]}, "/tmp/made/a"),
         ({"outputs": [nbformat.v4.new_output("display_data", {"image/svg+xml": "<a>/home/me/a</a>"})]}, "/home/me/a"),
         ({"outputs": [nbformat.v4.new_output("stream", text="see docs/usr/x and https://a.org/opt/x")]}, None),
         ({"source": "open('/home/me/x')"}, "/home/me/x"),
