@@ -67,3 +67,20 @@ def test_uncompiled_it_is_the_models_own(wrapped, folders):
     assert ("forward" in vars(model)) is wrapped
     assert torch.equal(forward(model), run(LLAMA.build(1), INPUTS))
     assert torch.equal(main_output(kept(**INPUTS)), run(LLAMA.build(1), INPUTS))
+
+
+def test_hooks_that_others_put_on_the_model_run(tmp_path):
+    """With none the compiled call goes straight to the class's forward; with one it may not."""
+    model = lorafx.compile(LLAMA.build(), max_adapters=1, target_modules=["q_proj"], options=EAGER_GRAPH)
+    inputs = LLAMA.inputs(2)
+    plain = run(model, inputs)
+    doubled = model.register_forward_hook(lambda module, args, out: out.__class__(logits=out.logits * 2))
+    assert torch.equal(run(model, inputs), plain * 2)
+    doubled.remove()
+    assert torch.equal(run(model, inputs), plain)
+    other = {"input_ids": inputs["input_ids"].flip(1)}
+    swapped = model.register_forward_pre_hook(lambda module, args, kwargs: (args, other), with_kwargs=True)
+    flipped = run(model, inputs)
+    swapped.remove()
+    assert torch.equal(flipped, run(model, other))
+    assert not torch.equal(flipped, plain)
