@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorafx import peft_layers
+from lorafx import adapted, peft_layers
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import warn_once
 from lorafx.errors import UnsupportedModelError
@@ -118,7 +118,7 @@ class Follower:
             bank._peft, bank._read, bank._chosen = PeftLoader(runtime.model, runtime.root, bank), None, None
         self._follow_dtype()
         self._repack()
-        new = [path for path, layer in runtime.peft.items() if not isinstance(layer, peft_layers.AdaptedLinear)]
+        new = [path for path, layer in runtime.peft.items() if not isinstance(layer, adapted.Adapted)]
         if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
         peft_layers.note_dropout(runtime.peft)

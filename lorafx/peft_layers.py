@@ -1,8 +1,7 @@
-"""The one file that knows PEFT's layers: adapted layers on a PeftModel, and what PEFT's own switches say.
+"""Finds PEFT's layers on a model, ties them to the bank, and reads what PEFT's own switches say.
 
-An adapted ``lora.Linear`` becomes an ``AdaptedLinear``, whose forward while it is traced is "base layer, then marker",
-so that which adapter is active is no part of the graph. Run eagerly it does what PEFT does. Its parameters become
-views of the bank: PEFT's own edits in place are seen by the fused ops at once, and there is one copy of each weight.
+An adapted layer gets a class of ours (``adapted.py``), and its parameters become views of the bank: PEFT's own edits in
+place are seen by the fused ops at once, and there is one copy of each weight.
 """
 
 from __future__ import annotations
@@ -14,88 +13,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx import hotswap
-from lorafx.adapters import AdapterWeights, SiteWeights
+from lorafx.adapted import is_supported, weights_of
+from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
-from lorafx.errors import UnsupportedModelError
-from lorafx.selection import Selection
-from lorafx.sites import apply_site, check_rows
-
-
-class AdaptedLinear(PeftLinear):
-    """PEFT's LoRA layer on a linear layer, with the branch left to lorafx when it is traced."""
-
-    _lorafx_bank: AdapterBank
-    _lorafx_site: int
-    _lorafx_spoken: object  # another one after each set_adapter that PEFT did not call by itself
-    _lorafx_drops: bool  # any of its adapters has dropout
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if any(kwargs.get(name) is not None for name in ("adapter_names", "alora_offsets")):
-            return super().forward(x, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
-                return super().forward(x, *args, **kwargs)
-            y = self.base_layer(x, *args, **kwargs)
-            return torch.ops.lorafx.site.default(y, x, self._lorafx_bank.key, self._lorafx_site)
-        chosen = self._lorafx_bank.chosen
-        if chosen is None or self.disable_adapters:
-            return super().forward(x, *args, **kwargs)
-        if self.merged:
-            raise UnsupportedModelError(
-                f"{', '.join(self.merged_adapters)} is merged into the base weights, which every row reads;"
-                " unmerge_adapter() before choosing adapters with model.lora.use or adapter_names."
-            )
-        if needs_gradients(self):
-            return self._with_gradients(chosen, x, *args, **kwargs)
-        return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; and whoever speaks last decides, so it is marked. PEFT also calls it by itself, when adapters are
-        loaded or enabled: with the list that is active already, or one like it of one name."""
-        current = self._active_adapter
-        repeated = adapter_names is current or (adapter_names == current and len(adapter_names) == 1)
-        super().set_adapter(adapter_names, inference_mode)
-        if not repeated:
-            self._lorafx_spoken = object()
-
-    def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The selection row by row, through PEFT's own modules, so that every gradient is there."""
-        check_rows(self._lorafx_bank, self._lorafx_site, x, len(selection))
-        y = self.base_layer(x, *args, **kwargs)
-        rows = torch.arange(x.shape[0], device=x.device) * len(selection) // x.shape[0]
-        result = y
-        for i, row in enumerate(selection):
-            mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
-            for name, weight in row:
-                if name in self.lora_A:
-                    lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-                    hidden = self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))
-                    delta = lora_b(lora_a(hidden)) * (self.scaling[name] * weight)
-                    result = result + torch.where(mine, delta, 0)
-        return result.to(y.dtype)
-
-
-def needs_gradients(layer: LoraLayer) -> bool:
-    """Whether PEFT's own branch has to run: its weights take part in a backward, or its dropout is active."""
-    # diffusers leaves its layers in training mode; what is read while traced is guarded, and adapters come and go
-    drops = layer.training and getattr(layer, "_lorafx_drops", True)
-    if drops and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
-        return True
-    return torch.is_grad_enabled() and any(
-        p.requires_grad
-        for part in (layer.lora_A, layer.lora_B)
-        for module in part.values()
-        for p in module.parameters()
-    )
-
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -132,7 +58,7 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
     for path, module in root.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
-        if type(module) not in (PeftLinear, AdaptedLinear):
+        if not is_supported(module):
             skipped[path] = (
                 f"PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__} is not fused yet"
             )
@@ -166,41 +92,18 @@ def adapters_on(layers: dict[str, PeftLinear]) -> list[AdapterWeights]:
     """The adapters that stand on these layers; the weights are the parameters themselves."""
     names = dict.fromkeys(name for layer in layers.values() for name in layer.lora_A)
     return [
-        AdapterWeights(name, {path: _weights(layer, name) for path, layer in layers.items() if name in layer.lora_A})
+        AdapterWeights(name, {path: weights_of(layer, name) for path, layer in layers.items() if name in layer.lora_A})
         for name in names
     ]
 
 
-def _weights(layer: PeftLinear, name: str) -> SiteWeights:
-    bias = layer.lora_B[name].bias
-    return SiteWeights(
-        layer.lora_A[name].weight.detach(),
-        layer.lora_B[name].weight.detach(),
-        None if bias is None else bias.detach(),
-        float(layer.scaling[name]),
-    )
-
-
 # ------------------------------------------------------------------------------------------------ wrapping
-
-
-def adapt(layer: PeftLinear, bank: AdapterBank, site: int) -> None:
-    hotswap.mend(AdaptedLinear)
-    layer.__class__ = AdaptedLinear
-    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
-    vars(layer).setdefault("_lorafx_spoken", object())
 
 
 def note_dropout(layers: dict[str, PeftLinear]) -> None:
     """Which layers may drop anything out; said anew whenever adapters have come or gone."""
     for layer in layers.values():
         layer._lorafx_drops = any(not isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values())
-
-
-def release(layer: AdaptedLinear) -> None:
-    layer.__class__ = PeftLinear
-    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken", "_lorafx_drops"):
-        vars(layer).pop(name, None)
 
 
 def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank, names: Iterable[str] | None = None) -> None:

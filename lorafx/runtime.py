@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import peft_layers, peft_methods, root_forward
+from lorafx import adapted, peft_layers, peft_methods, root_forward
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -102,7 +102,7 @@ class Runtime:
         root_forward.step_aside(self.root)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
-            peft_layers.release(layer)
+            adapted.release(layer)
         tuner = peft_layers.tuner_of(self.model)
         for module, names in (
             (self.model, ("lora", "_lorafx_runtime")),
@@ -138,7 +138,7 @@ class Runtime:
         check_one_place(self.root, new)
         for path, site in self.bank.store.index.items():
             if path in self.peft:
-                peft_layers.adapt(self.peft[path], self.bank, site)
+                adapted.adapt(self.peft[path], self.bank, site)
             elif path in have:
                 have[path].site = site
             else:
@@ -256,7 +256,7 @@ class Runtime:
             bool(self.peft)
             and torch.is_grad_enabled()
             and self.bank.chosen is not None
-            and any(peft_layers.needs_gradients(layer) for layer in self.peft.values())
+            and any(adapted.needs_gradients(layer) for layer in self.peft.values())
         )
 
     def batch_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:

@@ -24,9 +24,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from lorafx.adapted import is_supported, weights_of
 from lorafx.adapters import SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
-from lorafx.peft_layers import AdaptedLinear
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
@@ -141,22 +141,14 @@ def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
 
 def weights_on(loaded: Loaded) -> dict[str, SiteWeights]:
     """What stands in the adapted layers now."""
-    return {
-        path: SiteWeights(
-            layer.lora_A[NAME].weight.detach(),
-            layer.lora_B[NAME].weight.detach(),
-            None if layer.lora_B[NAME].bias is None else layer.lora_B[NAME].bias.detach(),
-            float(layer.scaling[NAME]),
-        )
-        for path, layer in loaded.layers.items()
-    }
+    return {path: weights_of(layer, NAME) for path, layer in loaded.layers.items()}
 
 
 def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     layers: dict[str, PeftLinear] = {}
     for path, module in bare.named_modules():
         if isinstance(module, LoraLayer):
-            if type(module) not in (PeftLinear, AdaptedLinear) or NAME in module.lora_variant:
+            if not is_supported(module) or NAME in module.lora_variant:
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
                     " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
