@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lorafx import hotswap
-from lorafx.adapters import SiteWeights
+from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
 from lorafx.selection import Selection
-from lorafx.sites import apply_site, check_rows
+from lorafx.sites import apply_dora, apply_site, check_rows, marked
 
 
 class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which asks for nn.Module's memory layout
@@ -26,6 +27,7 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
     _lorafx_bank: AdapterBank
     _lorafx_site: int
     _lorafx_spoken: object  # another one after each set_adapter that PEFT did not call by itself
+    _lorafx_dora: bool  # any adapter may have DoRA here
     _lorafx_drops: bool  # any of its adapters has dropout
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -35,6 +37,8 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
                 return super().forward(x, *args, **kwargs)
             y = self.base_layer(x, *args, **kwargs)
+            if self._lorafx_dora:
+                return marked(y, x, self.base_layer.bias, self._lorafx_bank.key, self._lorafx_site)
             return torch.ops.lorafx.site.default(y, x, self._lorafx_bank.key, self._lorafx_site)
         chosen = self._lorafx_bank.chosen
         if chosen is None or self.disable_adapters:
@@ -46,7 +50,11 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             )
         if needs_gradients(self):
             return self._with_gradients(chosen, x, *args, **kwargs)
-        return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
+        bank, site = self._lorafx_bank, self._lorafx_site
+        y = self.base_layer(x, *args, **kwargs)
+        if self._lorafx_dora:
+            return apply_dora(bank, site, y, x, self.base_layer.bias)
+        return apply_site(bank, site, y, x)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; and whoever speaks last decides, so it is marked. PEFT also calls it by itself, when adapters are
@@ -66,7 +74,11 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
         for i, row in enumerate(selection):
             mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
             for name, weight in row:
-                if name in self.lora_A:
+                if name in self.lora_variant:
+                    drawn = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+                    scaled = self.lora_variant[name].forward(self, active_adapter=name, x=drawn, result=result)
+                    result = torch.where(mine, scaled, result)
+                elif name in self.lora_A:
                     lora_a, lora_b = self.lora_A[name], self.lora_B[name]
                     hidden = self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))
                     delta = lora_b(lora_a(hidden)) * (self.scaling[name] * weight)
@@ -87,29 +99,40 @@ def is_supported(layer: object) -> bool:
     return type(layer) in ADAPTED or type(layer) in PLAIN
 
 
+def other_variants(layer: LoraLayer) -> list[str]:
+    """Kinds of LoRA on this layer that are neither plain LoRA nor DoRA, each once."""
+    return sorted({type(v).__name__ for v in layer.lora_variant.values() if type(v) is not DoraLinearVariant})
+
+
 def adapt(layer: LoraLayer, bank: AdapterBank, site: int) -> None:
     """Give ``layer`` the class of ours, and its place in the bank."""
     hotswap.mend(Adapted)
     layer.__class__ = ADAPTED.get(type(layer), type(layer))
-    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
+    dora = bank.store.dora is not None and bank.store.sites[site].name in bank.store.dora.sites
+    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site, _lorafx_dora=dora)
     vars(layer).setdefault("_lorafx_spoken", object())
 
 
 def release(layer: Adapted) -> None:
     """Undo ``adapt``."""
     layer.__class__ = PLAIN[type(layer)]
-    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken", "_lorafx_drops"):
+    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_dora", "_lorafx_spoken", "_lorafx_drops"):
         vars(layer).pop(name, None)
 
 
 def weights_of(layer: LoraLayer, name: str) -> SiteWeights:
     """The adapter ``name`` of this layer; the weights are the parameters' own memory."""
     bias = layer.lora_B[name].bias
+    magnitude = None
+    if name in layer.lora_variant:
+        own = [layer.lora_magnitude_vector[name], layer.lora_A[name], layer.lora_B[name]]
+        magnitude = Magnitude(own[0].weight.detach(), tuple(module._parameters for module in own))
     return SiteWeights(
         layer.lora_A[name].weight.detach(),
         layer.lora_B[name].weight.detach(),
         None if bias is None else bias.detach(),
         float(layer.scaling[name]),
+        magnitude,
     )
 
 
@@ -121,7 +144,7 @@ def needs_gradients(layer: LoraLayer) -> bool:
         return True
     return torch.is_grad_enabled() and any(
         p.requires_grad
-        for part in (layer.lora_A, layer.lora_B)
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
         for module in part.values()
         for p in module.parameters()
     )

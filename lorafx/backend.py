@@ -99,6 +99,7 @@ def compile_graph(
     context = PassContext(lowering=options.lowering, fold=options.fold)
     if bank is not None:
         context.bank_key, context.sites = bank.key, bank.store.geometry
+        context.factors = bank.store.dora.places if bank.store.dora is not None else {}
     rewritten = _copy_graph(gm)
     traced, shapes = gm.print_readable(print_output=False), input_shapes(gm, inputs)
     record = run_passes(rewritten, context)

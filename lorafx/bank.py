@@ -16,8 +16,10 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lorafx.adapters import AdapterOutline, AdapterWeights, SiteWeights
+from lorafx.adapters import AdapterOutline, AdapterWeights
+from lorafx.dora import check_layers
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.interrupts import uninterrupted
 from lorafx.locking import ReadWriteLock
@@ -80,6 +82,7 @@ class AdapterBank:
         self._disabled = False  # by PEFT's disable_adapter
         self._held: Counter[str] = Counter()  # names that a generate under way has said
         self._read: AdapterReader | None = None  # how adapters are read for this model
+        self._root: nn.Module | None = None  # whose layers these are
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
         self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
         self._follow: Callable[[], None] = lambda: None  # brings the bank up to PEFT's layers
@@ -158,6 +161,23 @@ class AdapterBank:
             return NOTHING
         return state.selection if state is not None and state.selection is not None else self._chosen
 
+    def check_dora(self, selection: Selection) -> None:
+        """UnsupportedModelError: an adapter with DoRA beside others on its row, or weighted"""
+        if reason := self.several_with_dora(selection):
+            raise UnsupportedModelError(f"{reason}. Use an adapter with DoRA alone on its row, and with weight 1.")
+
+    def several_with_dora(self, selection: Selection) -> str | None:
+        """Why ``selection`` asks of DoRA what can't be fused; None if it does not."""
+        if self.store.dora is None:
+            return None
+        for row in selection:
+            dora = [name for name, _ in row if name in self._slots and self.store.dora.held[self._slots[name]]]
+            if dora and len(row) > 1:
+                return f"{dora[0]} has DoRA, which scales what the adapters beside it give"
+            if dora and row[0][1] != 1.0:
+                return f"{dora[0]} has DoRA, whose norms are those of weight 1"
+        return None
+
     def _known(self, selection: Selection) -> Selection:
         unknown = names_in(selection) - self._slots.keys()
         if unknown:
@@ -230,6 +250,7 @@ class AdapterBank:
             except KeyError:
                 self._known(selection)
                 raise
+            self.check_dora(selection)
             made = make_routing([pairs[id(row)] for row in selection], self.store.storage.device)
             if len(self._routings) >= ROUTINGS_KEPT:
                 self._routings = {}
@@ -351,6 +372,7 @@ class AdapterBank:
                     self.store.put(slot, adapter)
                 self._slots = after
                 if choice is not None:
+                    self.check_dora(choice[0] or NOTHING)
                     self._chosen = self._known(choice[0]) if choice[0] is not None else None
             except BaseException:
                 self._slots, self._chosen = before, chosen
@@ -424,6 +446,8 @@ class AdapterBank:
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as {missing[0]}"
             " (target_modules reserves room there)"
             if missing
+            else f"adapter {adapter.name!r} has DoRA on layers where none had it before"
+            if not self.store.takes_dora(adapter.shapes)
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
         return self._switch_to(self._larger(adapter, slot), reason)
@@ -446,6 +470,7 @@ class AdapterBank:
 
         CapacityError: max_adapters or max_rank says no
         """
+        check_layers(self._root, adapter.sites)
         if slot is None:
             slot = self.store.free_slot(self._slots.values())
         if slot is None and self.max_adapters is not None:
@@ -477,7 +502,11 @@ class AdapterBank:
             here = [w.sites[path] for w in weights.values() if path in w.sites]
             capacities[path] = max(capacities.get(path, 0), sum(s.rank for s in here))
             biases[path] = max(biases.get(path, 0), sum(s.bias is not None for s in here))
-        store = PackedStore(list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device)
+        dora = {*(old.dora.sites if old.dora is not None else ())}
+        dora.update(path for path, shape in adapter.shapes.items() if shape.dora)
+        store = PackedStore(
+            list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device, (self._root, dora)
+        )
         for at, held_weights in weights.items():
             store.put(at, held_weights)
         return store
@@ -490,10 +519,7 @@ class AdapterBank:
         scales = self.store.scale[slot].tolist()
         return AdapterWeights(
             name,
-            {
-                path: SiteWeights(*self.store.views(slot, path), scales[self.store.index[path]])
-                for path in self.store.taken[slot]
-            },
+            {path: self.store.weights(slot, path, scales[self.store.index[path]]) for path in self.store.taken[slot]},
         )
 
     def move(self, device: torch.device) -> None:

@@ -89,6 +89,7 @@ def compile(
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
+        bank._root = root
         for adapter in bar(weights, "packing adapters"):
             bank.add(adapter)
         runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")

@@ -11,7 +11,6 @@ NAMES_LIMIT = 4096  # of a list: PEFT compares each with each
 
 # Fields of LoraConfig that change what a layer computes or which weights it has, with what they are when unused.
 UNSUPPORTED = {
-    "use_dora": "DoRA",
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "use_bdlora": "BD-LoRA",
@@ -94,6 +93,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_pattern": (_is_names, NAMES),
     "layers_to_transform": (_is_indices, f"a whole number, or a list of at most {NAMES_LIMIT:,}"),
     "use_rslora": (_is_switch, "true or false"),
+    "use_dora": (_is_switch, "true or false"),
     "lora_bias": (_is_switch, "true or false"),
     "fan_in_fan_out": (_is_switch, "true or false"),
     "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,15 +63,21 @@ class Follower:
         return self.uncompiled is None and not peft_layers.hooked_by_name(self.runtime.peft)
 
     def holds(self, selection: Selection | None) -> bool:
-        runtime = self.runtime
+        runtime, bank = self.runtime, self.runtime.bank
         if not self._in_place():
+            return False
+        used = bank._slots
+        if selection is not None:
+            used = {*names_in(selection), *names_in(bank.in_use)}
+        if bank.store.dora is not None and not self.gone and bank.store.dora.changed(self._slots_of(used)):
             return False
         if self._state is None:
             return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
-        used = runtime.bank._slots
-        if selection is not None:
-            used = {*names_in(selection), *names_in(runtime.bank.in_use)}
         return self._state.switches_hold() and self._state.adapters_hold(used)
+
+    def _slots_of(self, names: Iterable[str]) -> list[int]:
+        slots = self.runtime.bank._slots
+        return [slots[name] for name in names if name in slots]
 
     def _in_place(self) -> bool:
         """The model is on the bank's device, and accelerate has put no hooks around it since."""
@@ -103,6 +110,7 @@ class Follower:
             return
         if self._state is None or not self._state.adapters_hold(bank._slots):
             self._bring_up_adapters()
+        bank.store.follow_magnitudes()
         if self._state is not None:
             self._bring_up_switches(heeding)
 
@@ -131,6 +139,8 @@ class Follower:
             reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
         if reason is None and len(names) > MAX_PAIRS:
             reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
+        if reason is None:
+            reason = bank.several_with_dora((tuple((name, 1.0) for name in names),))
         if heeding and self._spoken is not None and spoken is not self._spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
         self._spoken = spoken
@@ -160,7 +170,10 @@ class Follower:
         if dtype is None or dtype == old.storage.dtype:
             return
         capacities, biases = ({g.name: getattr(g, part) for g in old.geometry} for part in ("capacity", "biases"))
-        store = PackedStore(old.sites, capacities, biases, old.slots, dtype, old.storage.device)
+        dora = old.dora.sites if old.dora is not None else ()
+        store = PackedStore(
+            old.sites, capacities, biases, old.slots, dtype, old.storage.device, (self.runtime.root, dora)
+        )
         bank._commit({}, lambda: bank._switch_to(store, f"the adapters are {dtype} now"))
 
     def _find_new_layers(self) -> None:
@@ -174,7 +187,7 @@ class Follower:
         runtime.unfused = {
             path: reason
             for path, reason in unfused.items()
-            if path not in runtime.peft or runtime.peft[path].lora_variant
+            if path not in runtime.peft or adapted.other_variants(runtime.peft[path])
         }
 
     def _repack(self) -> None:

@@ -19,9 +19,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.adapted import is_supported, weights_of
+from lorafx.adapted import is_supported, other_variants, weights_of
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
+from lorafx.dora import unreadable
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -62,9 +63,10 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
             skipped[path] = (
                 f"PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__} is not fused yet"
             )
-        elif module.lora_variant:
-            kinds = sorted({type(variant).__name__ for variant in module.lora_variant.values()})
+        elif kinds := other_variants(module):
             skipped[path] = f"{', '.join(kinds)} is not fused yet"
+        elif module.lora_variant and (reason := unreadable(module.get_base_layer())):
+            skipped[path] = f"DoRA needs the norms of this layer's weight, and {reason}"
         elif module.merged:
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
         else:

@@ -76,6 +76,8 @@ class PeftLoader:
                 layer.lora_B[name].weight.copy_(site.b)
                 if site.bias is not None:
                     layer.lora_B[name].bias.copy_(site.bias)
+                if site.magnitude is not None:
+                    layer.lora_magnitude_vector[name].weight.copy_(site.magnitude.weight)
 
     def _check_is_peft_model(self) -> None:
         if not isinstance(self.model, PeftModel):

@@ -6,13 +6,13 @@ Found out by identity, not by names: see ``skeletons.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
 from torch import Tensor
 
-from lorafx.adapters import SiteShape, SiteWeights
+from lorafx.adapters import AdapterWeights, Magnitude, SiteShape, SiteWeights
 from lorafx.errors import AdapterMismatchError
 from lorafx.packing_files import Packing, packing_of
 from lorafx.skeletons import Loaded, lora_parameters, weights_on
@@ -26,9 +26,13 @@ class PlannedSite:
     b: str
     bias: str | None
     shape: SiteShape
+    magnitude: str | None = None
 
     def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
-        return SiteWeights(take(self.a), take(self.b), None if self.bias is None else take(self.bias), self.shape.scale)
+        bias, magnitude = (None if key is None else take(key) for key in (self.bias, self.magnitude))
+        return SiteWeights(
+            take(self.a), take(self.b), bias, self.shape.scale, None if magnitude is None else Magnitude(magnitude)
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class Plan:
     @cached_property
     def shapes(self) -> dict[str, SiteShape]:
         return {path: site.shape for path, site in self.sites.items()}
+
+    def with_magnitudes(self, weights: AdapterWeights, take: Callable[[str], Tensor]) -> AdapterWeights:
+        """``weights``, which were packed, with what DoRA has beside them."""
+        keys = {path: site.magnitude for path, site in self.sites.items() if site.magnitude is not None}
+        if not keys:
+            return weights
+        sites = {
+            path: replace(site, magnitude=Magnitude(take(keys[path]).clone())) if path in keys else site
+            for path, site in weights.sites.items()
+        }
+        return replace(weights, sites=sites)
 
     @cached_property
     def packing(self) -> Packing:
@@ -72,7 +87,9 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
             " one is the same weight under another name. Expected each weight once; take one of them out."
         )
     sites = {
-        path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
+        path: PlannedSite(
+            lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape, lora.get((path, "magnitude"))
+        )
         for path, site in weights_on(loaded).items()
     }
     ends = accumulate(tensor.numel() for tensor in tensors.values())

@@ -94,7 +94,8 @@ class AdapterReader:
             if plan is not None:
                 check_base(name, self.root, {path: tensors.take(key) for key, path in plan.base.items()})
                 if tensors.flat is not None:
-                    return self._checked(plan.packing.pack(name, tensors.flat(), self.dtype))
+                    packed = plan.packing.pack(name, tensors.flat(), self.dtype)
+                    return self._checked(plan.with_magnitudes(packed, tensors.take))
                 weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
             else:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
@@ -173,7 +174,7 @@ class AdapterReader:
         if self._finite.get(id(weights)) is not weights:
             flat = weights.flat
             # a sum says it in one pass, but may overflow where no number does
-            if flat is None or not torch.isfinite(flat.sum()):
+            if flat is None or not torch.isfinite(flat.sum()) or any(site.dora for site in weights.shapes.values()):
                 weights.check_finite()
             self._finite[id(weights)] = weights
         return weights

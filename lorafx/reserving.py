@@ -63,7 +63,15 @@ def make_store(
     parameter = next(root.parameters(), None)
     dtype = sample.a.dtype if sample is not None else bank_dtype(root)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    return PackedStore(sites, capacities, biases, slots, dtype, device)
+    dora = {
+        path
+        for shapes in (*(a.shapes for a in weights), *(a.sites for a in others))
+        for path in shapes
+        if shapes[path].dora
+    }
+    if dora and (max_adapters is not None or target_modules is not None):
+        dora = set(capacities)  # any layer that room is reserved for
+    return PackedStore(sites, capacities, biases, slots, dtype, device, (root, dora))
 
 
 def _coming(others: Sequence[AdapterOutline], slots: int, max_rank: int | None) -> dict[str, list[SiteShape]]:

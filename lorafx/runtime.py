@@ -121,6 +121,7 @@ class Runtime:
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _connect_bank(self) -> None:
+        self.bank._root = self.root
         self.bank._on_new_store = self._on_new_store
         self.bank._guard_use = self._guard_use
         self.bank._follow = self.follower.follow
@@ -139,11 +140,13 @@ class Runtime:
         for path, site in self.bank.store.index.items():
             if path in self.peft:
                 adapted.adapt(self.peft[path], self.bank, site)
-            elif path in have:
-                have[path].site = site
-            else:
+                continue
+            if path not in have:
+                have[path] = SiteHook(self.bank, site)
                 module = self.root.get_submodule(path)
-                self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(have[path], with_kwargs=True))
+            have[path].site = site
+            have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
         for layer in self.peft.values():
@@ -167,6 +170,7 @@ class Runtime:
                 "PEFT has taken its layers off this model (unload, merge_and_unload), so no adapter can be chosen."
                 " lorafx.uncompile(model), then compile what is left with adapters of its own."
             )
+        self.bank.check_dora(selection)
         if self.unfused and names_in(selection):
             path, reason = next(iter(self.unfused.items()))
             raise UnsupportedModelError(
@@ -218,7 +222,9 @@ class Runtime:
             if scale is not None and not self.unfused and self.follower.agrees():
                 kwargs = without_scale(kwargs)
                 if scale != 1.0:
-                    stack.enter_context(self.bank.calling(scaled(self.bank.in_use, scale), batch))
+                    chosen = scaled(self.bank.in_use, scale)
+                    self._guard_use(chosen)
+                    stack.enter_context(self.bank.calling(chosen, batch))
             elif scale not in (None, 1.0):  # layers of PEFT's, which diffusers itself has to scale
                 stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())

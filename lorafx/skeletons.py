@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lorafx.adapted import is_supported, weights_of
-from lorafx.adapters import SiteWeights
+from lorafx.adapted import is_supported, other_variants, weights_of
+from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
@@ -141,14 +141,19 @@ def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
 
 def weights_on(loaded: Loaded) -> dict[str, SiteWeights]:
     """What stands in the adapted layers now."""
-    return {path: weights_of(layer, NAME) for path, layer in loaded.layers.items()}
+    return {path: _alone(weights_of(layer, NAME)) for path, layer in loaded.layers.items()}
+
+
+def _alone(site: SiteWeights) -> SiteWeights:
+    """Without the skeleton's modules."""
+    return site if site.magnitude is None else replace(site, magnitude=Magnitude(site.magnitude.weight))
 
 
 def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     layers: dict[str, PeftLinear] = {}
     for path, module in bare.named_modules():
         if isinstance(module, LoraLayer):
-            if not is_supported(module) or NAME in module.lora_variant:
+            if not is_supported(module) or other_variants(module):
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
                     " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
@@ -165,6 +170,8 @@ def lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], n
         found[path, "A"], found[path, "B"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         if layer.lora_B[NAME].bias is not None:
             found[path, "bias"] = layer.lora_B[NAME].bias
+        if NAME in layer.lora_variant:
+            found[path, "magnitude"] = layer.lora_magnitude_vector[NAME].weight
     return found
 
 

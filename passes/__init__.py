@@ -20,6 +20,7 @@ from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
+from lorafx.passes.scale_rows import scale_rows
 from lorafx.passes.share_routing import share_routing
 from lorafx.passes.sketch import first_layer, sketch_layer
 
@@ -34,6 +35,7 @@ FIND = (
 REWRITE = (
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
+    scale_rows,  # lorafx.magnitude -> lorafx.scaled_rows
     share_routing,  # one lorafx.row_weights for all groups
     clean_up,
 )
