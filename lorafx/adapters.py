@@ -85,6 +85,7 @@ class AdapterOutline:
     name: str
     sites: Mapping[str, SiteShape]
     read: Callable[[], AdapterWeights] = field(repr=False)
+    saved: tuple[str, ...] = ()  # modules of the model that it has its own copies of
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -100,6 +101,7 @@ class AdapterWeights:
     sites: Mapping[str, SiteWeights]
     flat: Tensor | None = field(default=None, repr=False)  # where it is packed: the memory of all sites
     layout: Layout | None = field(default=None, repr=False)  # and where each stands in it
+    saved: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)  # own modules, by path, by name
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -112,7 +114,7 @@ class AdapterWeights:
 
     @property
     def outline(self) -> AdapterOutline:
-        return AdapterOutline(self.name, self.shapes, lambda: self)
+        return AdapterOutline(self.name, self.shapes, lambda: self, tuple(self.saved))
 
     @cached_property
     def scales(self) -> numpy.ndarray:
@@ -147,7 +149,7 @@ class AdapterWeights:
                 site.scale,
                 site.magnitude,
             )
-        return AdapterWeights(self.name, sites, flat, layout)
+        return AdapterWeights(self.name, sites, flat, layout, self.saved)
 
     def check_finite(self) -> None:
         """NaN and Inf are refused: in a bank that is masked by zeros they would reach other rows of the batch."""

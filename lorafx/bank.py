@@ -24,6 +24,7 @@ from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, Unsu
 from lorafx.interrupts import uninterrupted
 from lorafx.locking import ReadWriteLock
 from lorafx.routing import Routing, make_routing
+from lorafx.saved_modules import Copies, SavedModules, copies_for
 from lorafx.selection import NOTHING, Choice, Selection, names_in, normalize
 from lorafx.store import PackedStore, Site
 
@@ -82,6 +83,7 @@ class AdapterBank:
         self._disabled = False  # by PEFT's disable_adapter
         self._held: Counter[str] = Counter()  # names that a generate under way has said
         self._read: AdapterReader | None = None  # how adapters are read for this model
+        self.saved = SavedModules()  # modules that adapters have copies of
         self._root: nn.Module | None = None  # whose layers these are
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
         self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
@@ -161,13 +163,15 @@ class AdapterBank:
             return NOTHING
         return state.selection if state is not None and state.selection is not None else self._chosen
 
-    def check_dora(self, selection: Selection) -> None:
-        """UnsupportedModelError: an adapter with DoRA beside others on its row, or weighted"""
-        if reason := self.several_with_dora(selection):
-            raise UnsupportedModelError(f"{reason}. Use an adapter with DoRA alone on its row, and with weight 1.")
+    def check_rows(self, selection: Selection) -> None:
+        """UnsupportedModelError: adapters that can't share a row, or can't be weighted"""
+        if reason := self.unfit(selection):
+            raise UnsupportedModelError(f"{reason}. Use such an adapter alone on its row, and with weight 1.")
 
-    def several_with_dora(self, selection: Selection) -> str | None:
-        """Why ``selection`` asks of DoRA what can't be fused; None if it does not."""
+    def unfit(self, selection: Selection) -> str | None:
+        """Why some row of ``selection`` asks for what can't be fused; None if none does."""
+        if clash := self.saved.clash(selection):
+            return clash
         if self.store.dora is None:
             return None
         for row in selection:
@@ -250,7 +254,7 @@ class AdapterBank:
             except KeyError:
                 self._known(selection)
                 raise
-            self.check_dora(selection)
+            self.check_rows(selection)
             made = make_routing([pairs[id(row)] for row in selection], self.store.storage.device)
             if len(self._routings) >= ROUTINGS_KEPT:
                 self._routings = {}
@@ -310,7 +314,7 @@ class AdapterBank:
         with self._changing():
             slot = self._slot(name)
             self._admit(outline, slot)  # again: other threads may have taken the room
-            self._commit(self._slots, lambda: self._place(adapter, slot))
+            self._commit(self._slots, lambda: self._place(adapter, slot), self._with_copies(adapter))
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its rows.
@@ -325,7 +329,9 @@ class AdapterBank:
         with self._changing():
             slot = self._slot(name)
             self._check_unused(name)
-            self._commit({k: v for k, v in self._slots.items() if k != name}, lambda: self.store.clear(slot))
+            slots = {k: v for k, v in self._slots.items() if k != name}
+            own = {k: v for k, v in self.saved.own.items() if k != name}
+            self._commit(slots, lambda: self.store.clear(slot), own)
 
     def add(self, adapter: AdapterWeights) -> None:
         """``load`` for an adapter that is read already."""
@@ -334,7 +340,7 @@ class AdapterBank:
             self._admit(adapter.outline)
             slot = self.store.free_slot(self._slots.values())
             after = {**self._slots, adapter.name: self.store.slots if slot is None else slot}
-            self._commit(after, lambda: self._place(adapter, slot))
+            self._commit(after, lambda: self._place(adapter, slot), self._with_copies(adapter))
 
     def room_without(self, leaving: Collection[str], coming: Sequence[AdapterOutline]) -> bool:
         """Whether ``coming`` would fit, all of them, once the adapters named in ``leaving`` are gone."""
@@ -372,7 +378,7 @@ class AdapterBank:
                     self.store.put(slot, adapter)
                 self._slots = after
                 if choice is not None:
-                    self.check_dora(choice[0] or NOTHING)
+                    self.check_rows(choice[0] or NOTHING)
                     self._chosen = self._known(choice[0]) if choice[0] is not None else None
             except BaseException:
                 self._slots, self._chosen = before, chosen
@@ -405,15 +411,29 @@ class AdapterBank:
             finally:
                 self._routings = {}
 
-    def _commit(self, slots: dict[str, int], write: Callable[[], None]) -> None:
+    def _commit(self, slots: dict[str, int], write: Callable[[], None], own: Copies | None = None) -> None:
         """Names and memory change together: ``write`` is all or nothing, and nothing comes after it."""
-        before = self._slots
+        before = self._slots, self.saved.own
         try:
-            self._slots = slots
+            self._slots, self.saved.own = slots, self.saved.own if own is None else own
             write()
         except BaseException:
-            self._slots = before
+            self._slots, self.saved.own = before
             raise
+
+    def _with_copies(self, adapter: AdapterWeights) -> Copies:
+        """All copies of modules, with those of ``adapter``; places for them are made, which costs one trace."""
+        copies = copies_for(self._root, adapter.name, adapter.saved) if adapter.saved else {}
+        before, new = self.saved.paths, [path for path in copies if path not in self.saved.paths]
+        if new:
+            try:
+                self.saved.paths = before + new
+                self._switch_to(self.store, f"adapter {adapter.name!r} is the first to bring its own {new[0]}")
+            except BaseException:
+                self.saved.paths = before
+                raise
+        own = {name: held for name, held in self.saved.own.items() if name != adapter.name}
+        return {**own, adapter.name: copies} if copies else own
 
     def _slot(self, name: str) -> int:
         slot = self._slots.get(name) if isinstance(name, str) else None
@@ -540,7 +560,7 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Bytes of all storage that the bank holds, reserved room included."""
         self._catch_up()
-        return self.store.nbytes
+        return self.store.nbytes + self.saved.nbytes
 
     @property
     def reserved(self) -> int:

@@ -18,7 +18,6 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "use_qalora": "QALoRA",
-    "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trainable tokens",
     "target_parameters": "target_parameters",
     "layer_replication": "layer replication",
@@ -55,6 +54,10 @@ def _is_names(value: Any) -> bool:
         return True
     is_list = isinstance(value, (list, tuple, set, frozenset)) and len(value) <= NAMES_LIMIT
     return is_list and all(isinstance(item, str) for item in value)
+
+
+def _is_list(value: Any) -> bool:
+    return _is_names(value) and not isinstance(value, str)
 
 
 def _is_indices(value: Any) -> bool:
@@ -98,6 +101,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": (_is_switch, "true or false"),
     "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a text"),
     "bias": (_is_text, "a text"),
+    "modules_to_save": (_is_list, f"a list of at most {NAMES_LIMIT:,} texts"),
     "task_type": (_is_text, "a text"),
     "base_model_name_or_path": (_is_text, "a text"),
     "revision": (_is_text, "a text"),

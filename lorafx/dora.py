@@ -201,8 +201,8 @@ def check_layer(path: str, layer: nn.Module) -> None:
     """UnsupportedModelError: a layer whose weight can't be read, so that no norm can be computed"""
     if reason := unreadable(layer):
         raise UnsupportedModelError(
-            f"DoRA on {path} needs the norms of that layer's weight, and {reason}. Use an adapter without DoRA there, or"
-            " a base model that is not quantised."
+            f"DoRA on {path} needs the norms of that layer's weight, and {reason}. Use an adapter without DoRA there,"
+            " or a base model that is not quantised."
         )
 
 

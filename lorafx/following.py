@@ -16,6 +16,8 @@ from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
 from lorafx.routing import MAX_PAIRS
+from lorafx.saved_layers import AdaptedWrapper
+from lorafx.saved_modules import disagreeing, suitable_wrappers
 from lorafx.selection import NOTHING, Selection, names_in
 from lorafx.store import PackedStore
 
@@ -127,20 +129,22 @@ class Follower:
         self._follow_dtype()
         self._repack()
         new = [path for path, layer in runtime.peft.items() if not isinstance(layer, adapted.Adapted)]
+        new += [path for path, each in bank.saved.wrappers.items() if not isinstance(each, AdaptedWrapper)]
         if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
         peft_layers.note_dropout(runtime.peft)
-        self._state = PeftState(runtime.root, runtime.peft)
+        self._state = PeftState(runtime.root, runtime.peft, bank.saved.wrappers)
 
     def _bring_up_switches(self, heeding: bool) -> None:
         bank, layers, spoken = self.runtime.bank, self.runtime.peft, self._state.spoken
         names, reason = peft_layers.active_names(layers)
-        if any(path in layers for path in self.runtime.unfused):
-            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
+        ours = layers.keys() | bank.saved.wrappers.keys()
+        if any(path in ours for path in self.runtime.unfused):
+            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in ours)
         if reason is None and len(names) > MAX_PAIRS:
             reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
         if reason is None:
-            reason = bank.several_with_dora((tuple((name, 1.0) for name in names),))
+            reason = bank.unfit((tuple((name, 1.0) for name in names),)) or disagreeing(bank.saved.wrappers, names)
         if heeding and self._spoken is not None and spoken is not self._spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
         self._spoken = spoken
@@ -178,12 +182,14 @@ class Follower:
 
     def _find_new_layers(self) -> None:
         """PEFT's load_adapter may have adapted layers that no adapter did before."""
-        runtime = self.runtime
+        runtime, bank = self.runtime, self.runtime.bank
         layers, unfused = peft_layers.supported_layers(runtime.root)
         new = {path: layer for path, layer in layers.items() if path not in runtime.peft}
         for layer in new.values():
             runtime.drop_hooks(layer.base_layer)  # which stood for room that was reserved
         runtime.peft.update(new)
+        bank.saved.wrappers.update(suitable_wrappers(runtime.root)[0] if runtime.peft else {})
+        bank.saved.paths = list(bank.saved.wrappers)
         runtime.unfused = {
             path: reason
             for path, reason in unfused.items()

@@ -52,7 +52,8 @@ def config_of_shapes(name: str, sites: Mapping[str, SiteShape]) -> LoraConfig:
     dora = {site.dora for site in sites.values()}
     if len(dora) != 1:
         raise AdapterMismatchError(
-            f"adapter {name!r} has DoRA on some layers only; on a PeftModel expected it on every adapted layer or on none."
+            f"adapter {name!r} has DoRA on some layers only; on a PeftModel expected it on every adapted"
+            " layer or on none."
         )
     ranks = {path: site.rank for path, site in sites.items()}
     alphas = {path: site.scale * site.rank for path, site in sites.items()}

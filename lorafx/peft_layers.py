@@ -23,6 +23,7 @@ from lorafx.adapted import is_supported, other_variants, weights_of
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.dora import unreadable
+from lorafx.saved_modules import suitable_wrappers
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -56,8 +57,12 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
     """(layers that can be fused, by path; why the others can't, by path)."""
     layers: dict[str, PeftLinear] = {}
     skipped: dict[str, str] = {}
+    wrappers, unsuitable = suitable_wrappers(root)
     for path, module in root.named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or path in wrappers:
+            continue
+        if path in unsuitable:
+            skipped[path] = unsuitable[path]
             continue
         if not is_supported(module):
             skipped[path] = (

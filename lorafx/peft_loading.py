@@ -78,6 +78,10 @@ class PeftLoader:
                     layer.lora_B[name].bias.copy_(site.bias)
                 if site.magnitude is not None:
                     layer.lora_magnitude_vector[name].weight.copy_(site.magnitude.weight)
+            for path, tensors in weights.saved.items():
+                module = self.root.get_submodule(path).modules_to_save[name]
+                module.load_state_dict(tensors, strict=True)
+                module.requires_grad_(False)
 
     def _check_is_peft_model(self) -> None:
         if not isinstance(self.model, PeftModel):

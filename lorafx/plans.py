@@ -39,6 +39,7 @@ class PlannedSite:
 class Plan:
     """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
     starts: where each tensor begins in a file that has them in this order, in one piece
+    saved: which tensors are those of modules that the adapter has copies of, by path, by name
 
     PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
     """
@@ -46,10 +47,14 @@ class Plan:
     sites: Mapping[str, PlannedSite]
     base: Mapping[str, str]
     starts: Mapping[str, int]
+    saved: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def shapes(self) -> dict[str, SiteShape]:
         return {path: site.shape for path, site in self.sites.items()}
+
+    def saved_from(self, take: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {path: {name: take(key).clone() for name, key in named.items()} for path, named in self.saved.items()}
 
     def with_magnitudes(self, weights: AdapterWeights, take: Callable[[str], Tensor]) -> AdapterWeights:
         """``weights``, which were packed, with what DoRA has beside them."""
@@ -78,9 +83,14 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
     names = {_identity(tensor): key for key, tensor in tensors.items()}
     lora = {key: names.get(_identity(tensor)) for key, tensor in lora_parameters(loaded.layers).items()}
     base = {names.get(_identity(tensor)): path for path, tensor in loaded.base.items()}
-    if None in lora.values() or None in base:
+    saved = {
+        path: {key: names.get(_identity(tensor)) for key, tensor in named.items()}
+        for path, named in loaded.saved.items()
+    }
+    taken = [key for named in saved.values() for key in named.values()]
+    if None in lora.values() or None in base or None in taken:
         return None
-    left = tensors.keys() - set(lora.values()) - base.keys()
+    left = tensors.keys() - {*lora.values(), *base, *taken}
     if left:
         raise AdapterMismatchError(
             f"adapter {name!r} has {len(left)} tensor(s) that are loaded nowhere, for example {min(left)!r}: another"
@@ -93,7 +103,7 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
         for path, site in weights_on(loaded).items()
     }
     ends = accumulate(tensor.numel() for tensor in tensors.values())
-    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)))
+    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)), saved)
 
 
 def _identity(tensor: Tensor) -> tuple:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted, peft_layers, peft_methods, root_forward
+from lorafx import adapted, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -21,6 +21,7 @@ from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.peft_change import changing_peft
 from lorafx.recompiles import MANY, advice
+from lorafx.saved_layers import SavedHook
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
@@ -103,6 +104,8 @@ class Runtime:
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             adapted.release(layer)
+        for wrapper in self.bank.saved.wrappers.values():
+            saved_layers.release(wrapper)
         tuner = peft_layers.tuner_of(self.model)
         for module, names in (
             (self.model, ("lora", "_lorafx_runtime")),
@@ -115,7 +118,9 @@ class Runtime:
     def drop_hooks(self, module: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, RefuseNames) or (isinstance(hook, SiteHook) and hook.bank is self.bank):
+                if isinstance(hook, RefuseNames) or (
+                    isinstance(hook, (SiteHook, SavedHook)) and hook.bank is self.bank
+                ):
                     del hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -136,7 +141,8 @@ class Runtime:
             if isinstance(hook, SiteHook) and hook.bank is self.bank
         }
         new = [path for path in self.bank.store.index if path not in self.peft and path not in have]
-        check_one_place(self.root, new)
+        saved = self.bank.saved
+        check_one_place(self.root, [*new, *(path for path in saved.paths if path not in saved.wrappers)])
         for path, site in self.bank.store.index.items():
             if path in self.peft:
                 adapted.adapt(self.peft[path], self.bank, site)
@@ -149,6 +155,13 @@ class Runtime:
             have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
+        for place, path in enumerate(saved.paths):
+            if path in saved.wrappers:
+                saved_layers.adapt(saved.wrappers[path], self.bank, place)
+                continue
+            module = self.root.get_submodule(path)
+            if not any(isinstance(h, SavedHook) and h.bank is self.bank for h in module._forward_hooks.values()):
+                self._hooks.append(module.register_forward_hook(SavedHook(self.bank, place), with_kwargs=True))
         for layer in self.peft.values():
             if not any(isinstance(h, peft_layers.ContiguousStateDict) for h in layer._state_dict_hooks.values()):
                 self._hooks.append(layer.register_state_dict_post_hook(peft_layers.ContiguousStateDict()))
@@ -170,7 +183,7 @@ class Runtime:
                 "PEFT has taken its layers off this model (unload, merge_and_unload), so no adapter can be chosen."
                 " lorafx.uncompile(model), then compile what is left with adapters of its own."
             )
-        self.bank.check_dora(selection)
+        self.bank.check_rows(selection)
         if self.unfused and names_in(selection):
             path, reason = next(iter(self.unfused.items()))
             raise UnsupportedModelError(
@@ -262,7 +275,10 @@ class Runtime:
             bool(self.peft)
             and torch.is_grad_enabled()
             and self.bank.chosen is not None
-            and any(adapted.needs_gradients(layer) for layer in self.peft.values())
+            and (
+                any(adapted.needs_gradients(layer) for layer in self.peft.values())
+                or any(saved_layers.needs_gradients(wrapper) for wrapper in self.bank.saved.wrappers.values())
+            )
         )
 
     def batch_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:

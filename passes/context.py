@@ -31,8 +31,8 @@ class SiteGeometry:
 @dataclass
 class PassContext:
     """One compilation: options in, record out. ``fold``: layers may be folded into the op that adapts them;
-    ``bank_key`` is the number that this bank's markers carry; ``factors``: of sites that DoRA may stand on, how many rows
-    their table of factors has and where in the bank's it begins."""
+    ``bank_key`` is the number that this bank's markers carry; ``factors``: of sites that DoRA may stand on, how many
+    rows their table of factors has, and where in the bank's it begins."""
 
     lowering: str = "auto"
     bank_key: int | None = None
