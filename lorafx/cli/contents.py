@@ -124,9 +124,11 @@ def read_contents(path: Path) -> Contents:
     layers, others = _sort(tensors.shapes, config)
     contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
     contents.problems += _wrong_shapes(layers)
+    extra = [kind for kind, has in (("DoRA", config.use_dora), ("modules_to_save", config.modules_to_save)) if has]
+    contents.notes += [f"it uses {kind}" for kind in extra]
     if others:
         text = f"{len(others)} tensor(s) that are no LoRA weights of a linear layer, such as {_some(others[:1])}"
-        if features:  # which bring tensors of their own
+        if features or extra:  # which bring tensors of their own
             contents.notes.append(text)
         else:
             contents.problems.append(text)

@@ -179,9 +179,10 @@ SOURCES = {
     "weights without a target": (other_config, MISMATCH, r"no layer for.*config that does not belong"),
     "a target the model lacks": (unknown_target, MISMATCH, r"does not fit.*qkv_fused.*Expected: target_modules"),
     "NaN": (nan_inside, FORMAT, r"NaN or Inf"),
-    "DoRA": (variant(use_dora=True), FORMAT, r"uses DoRA.*pass the PeftModel"),
+    "DoRA without magnitudes": (variant(use_dora=True), MISMATCH, r"missing in the file.*lora_magnitude_vector"),
     "an adapted embedding": (variant(target_modules=["embed_tokens", "q_proj"]), FORMAT, r"embed_tokens.*PeftModel"),
-    "modules_to_save": (variant(modules_to_save=["lm_head"]), FORMAT, r"modules_to_save.*PeftModel"),
+    "modules_to_save without them": (variant(modules_to_save=["lm_head"]), MISMATCH, r"lm_head.weight' is missing"),
+    "VeLoRA": (variant(velora_config={}), FORMAT, r"uses VeLoRA.*pass the PeftModel"),
     "trained base biases": (variant(bias="all"), FORMAT, r"bias='all'.*PeftModel"),
     "prompt tuning": (prompt_tuning, FORMAT, r"PROMPT_TUNING.*LORA"),
     "a number": (lambda folder: 3, FORMAT, r"got int; expected the path of a PEFT folder"),
@@ -436,7 +437,7 @@ def mixed_kinds(**fields):
 
 
 KINDS = {
-    "DoRA": ({"target_modules": ["up_proj"], "use_dora": True}, "up_proj", "DoraLinearVariant"),
+    "VeLoRA": ({"target_modules": ["up_proj"], "velora_config": {"num_groups": 4}}, "up_proj", "VeloraLinearVariant"),
     "embedding": ({"target_modules": ["embed_tokens"]}, "embed_tokens", "Embedding"),
 }
 

@@ -123,9 +123,9 @@ FIELDS = {
     "bias": ["all", None, 3],
     "task_type": [3, "NONSENSE"],
     "peft_type": ["IA3", None, 3, [], "lora"],
-    "use_dora": [True, "yes"],
+    "use_dora": ["yes", 1],
     "layer_replication": [[[0, 10**9]]],
-    "modules_to_save": [["lm_head"], ".*"],
+    "modules_to_save": [".*", [3], ["(a+)+b"]],
     "megatron_config": [{"a": 1}],
     "ensure_weight_tying": [True],
 }
