@@ -189,7 +189,7 @@ def test_another_base_weight_is_refused(made, tmp_path):
     tensors[key] = tensors[key] + 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((Path(folders["other"]) / "adapter_config.json").read_text())
-    with pytest.raises(lorafx.AdapterMismatchError, match="embed_tokens.*not the model's own"):
+    with pytest.raises(lorafx.AdapterMismatchError, match=r"embed_tokens.*not the model's own"):
         lorafx.compile(LLAMA.build(), {"a": str(tmp_path)}, mode="eager")
 
 
