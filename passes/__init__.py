@@ -49,6 +49,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     layer = first_layer(gm, context)
     before = sketch_layer(gm, context, layer) if layer is not None else None
     _run(REWRITE, gm, context)
+    gm.graph.lint()
+    gm.recompile()
     if before is not None:
         context.record.sketches = before, sketch_layer(gm, context, layer)
     context.record.after = count_ops(gm.graph)
