@@ -67,6 +67,8 @@ def _routed_layer(
     if unbatched(kind, x):
         tables = (a, b, slots, weights, count, owner, scale, windows)
         return _routed_layer(y[None], x[None], factor, kind, window, *tables, None, lowering)[0]
+    if b.shape[0] == 0:  # room for no rank yet; a convolution without filters is refused
+        return y.clone()
     if choose_lowering(lowering)[0] == "reference":
         as_y, as_x = layer_kinds.as_linear(kind, y, x, window, a.shape[1])
         if factor is not None:

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
+KINDS = {"embedding": nn.Embedding, "conv2d": nn.Conv2d}
+
 
 def widths_of(layer: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of the rank rows of A and B; None: no layer that can be adapted, as far as sizes tell."""
@@ -49,6 +51,11 @@ def mark(layer: nn.Module, y: Tensor, x: Tensor, bank: int, site: int) -> Tensor
     if described is None:
         return torch.ops.lorafx.site.default(y, x, bank, site)
     return torch.ops.lorafx.layer_site.default(y, x, *described, bank, site)
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """ "embedding", "conv2d", or None for a linear layer."""
+    return next((kind for kind, cls in KINDS.items() if isinstance(layer, cls)), None)
 
 
 def describe(layer: nn.Module, y: Tensor) -> tuple[Tensor | None, str, list[int]] | None:

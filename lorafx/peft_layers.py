@@ -196,8 +196,8 @@ class ForwardHooks:
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
             warn_once(
                 f"lorafx: adapter_names on a model with {len(self.runtime.unfused)} layer(s) that are left to PEFT:"
-                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers are"
-                " compiled."
+                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers,"
+                " embeddings and Conv2d are compiled."
             )
             with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
                 yield

@@ -14,7 +14,7 @@ from torch import fx
 from lorafx.kernels.layer_ops import choose_lowering, rows_shape
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import example
+from lorafx.passes.graph_reading import example, size_hint
 from lorafx.passes.record import FusedBranch, FusedGroup
 
 LAYER_SITE, ROUTED_LAYER = torch.ops.lorafx.layer_site.default, torch.ops.lorafx.routed_layer.default
@@ -67,9 +67,4 @@ def _record(context: PassContext, site: SiteGeometry, node: fx.Node) -> None:
     size = 4 if x is None else x.element_size()
     context.record.groups.append(FusedGroup(site.parent, (branch,), chosen, f"routed_{kind}", reason, size))
     if x is not None:
-        context.record.shapes[site.name] = rows_shape(kind, tuple(map(_hint, x.shape)))
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """The size that the graph was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
+        context.record.shapes[site.name] = rows_shape(kind, tuple(map(size_hint, x.shape)))

@@ -227,3 +227,18 @@ def test_wrong_tensors_change_nothing(kind, plain, base):
             verb(name, (tensors, states["c"][1]))
     assert model.lora.names == names
     assert torch.equal(run(model), want)
+
+
+def test_room_without_rank_and_batches_of_any_size(plain, base):
+    model = lorafx.compile(build(), max_adapters=2, target_modules=TARGETS, options=EAGER_GRAPH)
+    kinds = ["routed_lora", "routed_embedding", "routed_conv2d", "routed_conv2d", "routed_conv2d"]
+    assert [group.op for group in lorafx.explain(model).groups] == kinds  # before the first call, from the modules
+    assert torch.allclose(run(model), base, atol=1e-5)
+    model.lora.load("a", state_of(plain, "a"))
+    model.lora.use("a")
+    assert_same_delta(run(model), run(plain), base)
+    assert len(lorafx.explain(model).retraces) == 1
+    for rows in (2, 7, 3):
+        given = inputs(rows)
+        assert_same_delta(run(model, None, given), run(plain, None, given), run(build(), None, given))
+    assert len(lorafx.explain(model).graphs) == 3  # the first, the one with room, and one for any number of rows
