@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafx.adapters import AdapterWeights
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
+from lorafx.peft_tensors import parameters_of, shaped
 from lorafx.reading import AdapterReader
 
 if TYPE_CHECKING:
@@ -72,15 +73,14 @@ class PeftLoader:
                 layer = self.root.get_submodule(path)
                 layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode
                 layer.scaling[name] = site.scale  # of weights that come without a config, to the bit
-                layer.lora_A[name].weight.copy_(site.a)
-                layer.lora_B[name].weight.copy_(site.b)
-                if site.bias is not None:
-                    layer.lora_B[name].bias.copy_(site.bias)
+                tensors = {"A": site.a, "B": site.b, "bias": site.bias}
+                for role, parameter in parameters_of(layer, name).items():
+                    parameter.copy_(shaped(tensors[role], parameter))
                 if site.magnitude is not None:
                     layer.lora_magnitude_vector[name].weight.copy_(site.magnitude.weight)
-            for path, tensors in weights.saved.items():
+            for path, copied in weights.saved.items():
                 module = self.root.get_submodule(path).modules_to_save[name]
-                module.load_state_dict(tensors, strict=True)
+                module.load_state_dict(copied, strict=True)
                 module.requires_grad_(False)
 
     def _check_is_peft_model(self) -> None:

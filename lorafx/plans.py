@@ -15,6 +15,7 @@ from torch import Tensor
 from lorafx.adapters import AdapterWeights, Magnitude, SiteShape, SiteWeights
 from lorafx.errors import AdapterMismatchError
 from lorafx.packing_files import Packing, packing_of
+from lorafx.peft_tensors import flattened
 from lorafx.skeletons import Loaded, lora_parameters, weights_on
 
 
@@ -30,9 +31,8 @@ class PlannedSite:
 
     def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
         bias, magnitude = (None if key is None else take(key) for key in (self.bias, self.magnitude))
-        return SiteWeights(
-            take(self.a), take(self.b), bias, self.shape.scale, None if magnitude is None else Magnitude(magnitude)
-        )
+        own = None if magnitude is None else Magnitude(magnitude)
+        return SiteWeights(flattened(take(self.a)), flattened(take(self.b)), bias, self.shape.scale, own)
 
 
 @dataclass(frozen=True)

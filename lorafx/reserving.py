@@ -9,7 +9,9 @@ from torch import nn
 
 from lorafx import peft_layers
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
+from lorafx.dora import base_layer, unreadable
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.layer_kinds import why_not, widths_of
 from lorafx.store import PackedStore, Site
 
 
@@ -70,7 +72,7 @@ def make_store(
         if shapes[path].dora
     }
     if dora and (max_adapters is not None or target_modules is not None):
-        dora = set(capacities)  # any layer that room is reserved for
+        dora = {path for path in capacities if unreadable(base_layer(root, path)) is None}  # any that room is for
     return PackedStore(sites, capacities, biases, slots, dtype, device, (root, dora))
 
 
@@ -114,12 +116,12 @@ def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> lis
 
 
 def linear_shape(module: nn.Module, path: str) -> tuple[int, int]:
-    """(in, out) of a linear layer, whatever class it is of."""
-    from peft.tuners.tuners_utils import _get_in_out_features
-
-    with_shape = _get_in_out_features(module) if not isinstance(module, nn.Embedding) else (None, None)
-    if not isinstance(with_shape[0], int):
+    """(in, out) of a layer that can be adapted, whatever class it is of."""
+    reason = why_not(module)
+    widths = widths_of(module) if reason is None else None
+    if widths is None:
         raise UnsupportedModelError(
-            f"{path} is a {type(module).__name__}, no linear layer; room can't be reserved there"
+            f"{path} is {reason or f'a {type(module).__name__}'}, no layer that lorafx adapts; room can't be reserved"
+            " there"
         )
-    return with_shape
+    return widths

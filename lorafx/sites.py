@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
+from lorafx.kernels.layer_ops import rows_shape, set_layer_site_forward
 from lorafx.kernels.ops import set_site_forward
 from lorafx.kernels.row_factors import set_magnitude_forward
+from lorafx.layer_kinds import describe, mark
 
 
 class SiteHook:
@@ -27,10 +29,10 @@ class SiteHook:
         if torch.compiler.is_compiling():
             if self.dora:
                 return marked(output, x, module.bias, self.bank.key, self.site)
-            return torch.ops.lorafx.site.default(output, x, self.bank.key, self.site)
+            return mark(module, output, x, self.bank.key, self.site)
         if self.dora:
             return apply_dora(self.bank, self.site, output, x, module.bias)
-        return apply_site(self.bank, self.site, output, x)
+        return apply_behind(module, self.bank, self.site, output, x)
 
 
 class RefuseNames:
@@ -66,7 +68,7 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
     routing = bank.routing()
     if routing.idle:
         return y
-    check_rows(bank, site, x, len(routing.rows))
+    check_rows(bank, site, tuple(x.shape), len(routing.rows))
     tensors = bank.store.site_tensors(site)
     return torch.ops.lorafx.routed_lora(
         [y],
@@ -108,9 +110,43 @@ def apply_magnitude(bank: AdapterBank, site: int, y: Tensor, bias: Tensor | None
     return torch.ops.lorafx.scaled_rows(y, bias, dora.table(path), routing.slots, routing.count)
 
 
-def check_rows(bank: AdapterBank, site: int, x: Tensor, rows: int) -> None:
-    """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of ``x`` is not known to be rows"""
-    if rows > 1 and (reason := rows_unknown(tuple(x.shape), rows, bank.batch)):
+def apply_behind(layer: nn.Module, bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
+    """``apply_site`` behind a layer of any kind: ``y`` and ``x`` are shaped as the layer has them."""
+    described = describe(layer, y)
+    return apply_site(bank, site, y, x) if described is None else _apply_to_layer(bank, site, y, x, *described)
+
+
+def _apply_to_layer(
+    bank: AdapterBank, site: int, y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int]
+) -> Tensor:
+    routing = bank.routing()
+    if routing.idle:
+        return y
+    check_rows(bank, site, rows_shape(kind, tuple(x.shape)), len(routing.rows))
+    tensors = bank.store.site_tensors(site)
+    return torch.ops.lorafx.routed_layer(
+        y,
+        x,
+        factor,
+        kind,
+        window,
+        tensors["a"],
+        tensors["b"],
+        routing.slots,
+        routing.weights,
+        routing.count,
+        tensors["owner"],
+        tensors["scale"],
+        tensors["windows"],
+        None,
+        bank.lowering,
+    )
+
+
+def check_rows(bank: AdapterBank, site: int, shape: tuple[int, ...], rows: int) -> None:
+    """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of an input of this shape is not
+    known to be rows"""
+    if rows > 1 and (reason := rows_unknown(shape, rows, bank.batch)):
         raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
 
 
@@ -143,5 +179,12 @@ def _magnitude_forward(y: Tensor, bias: Tensor | None, key: int, site: int) -> T
     return apply_magnitude(bank_of(key), site, y, bias)
 
 
+def _layer_marker_forward(
+    y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int], key: int, site: int
+) -> Tensor:
+    return _apply_to_layer(bank_of(key), site, y, x, factor, kind, window)
+
+
 set_site_forward(_marker_forward)
+set_layer_site_forward(_layer_marker_forward)
 set_magnitude_forward(_magnitude_forward)
