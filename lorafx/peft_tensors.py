@@ -41,7 +41,7 @@ def weights_of(layer: LoraLayer, name: str) -> SiteWeights:
     tensors = {role: parameter.detach() for role, parameter in parameters_of(layer, name).items()}
     a, b = (flattened(tensors[role]) for role in "AB")
     magnitude = None
-    if name in layer.lora_variant:  # DoRA
+    if name in layer.lora_magnitude_vector:  # DoRA
         own = [layer.lora_magnitude_vector[name], layer.lora_A[name], layer.lora_B[name]]
         magnitude = Magnitude(own[0].weight.detach(), tuple(module._parameters for module in own))
     return SiteWeights(a, b, tensors.get("bias"), float(layer.scaling[name]), magnitude)
