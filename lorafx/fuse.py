@@ -68,4 +68,7 @@ def _learn_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     with torch.no_grad():
+        kept = [(buffer, buffer.clone()) for buffer in gm.buffers()]
         FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+        for buffer, before in kept:  # a batch norm counts its batches in a real number, also where all others are fake
+            buffer.copy_(before)

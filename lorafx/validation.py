@@ -29,6 +29,8 @@ log = logging.getLogger("lorafx")
 
 VARIABLE = "LORAFX_VALIDATE"
 ROUNDS = 4  # of undoing and looking again, before everything is undone
+SCALINGS = 3  # until what is added can be seen
+UNSEEN = 1e4  # by how much to enlarge what was lost in rounding
 LIKE = 3  # what is added, and what it is added to, differ in size by no more than this factor
 
 Rewrite = Callable[[Collection[str]], tuple[fx.GraphModule, PassRecord]]
@@ -121,7 +123,7 @@ def _run_traced(
     stand_ins: Collection[StandIn],
     bank: ProbeBank | None,
 ) -> tuple[Probe, Traced, Any]:
-    """Run ``gm``, once more where what was added was much smaller or larger than what it was added to."""
+    """Run ``gm``, again where what was added was much smaller or larger than what it was added to."""
 
     def run(probe: Probe) -> tuple[Traced, Any]:
         values, attributes = probe.fresh()
@@ -138,7 +140,9 @@ def _run_traced(
     except Exception:  # noise where a zero had a meaning
         probe = Probe(gm, inputs, noise=False)
         traced, written = run(probe)
-    if _scale(probe, traced, stand_ins):
+    for _ in range(SCALINGS):
+        if not _scale(probe, traced, stand_ins):
+            break
         traced, written = run(probe)
     return probe, traced, written
 
@@ -148,9 +152,9 @@ def _scale(probe: Probe, traced: Traced, stand_ins: Collection[StandIn]) -> bool
     truths, seen = traced.truths(), set()
     for one in stand_ins:
         truth = truths.get(one.out)
-        if truth is None or one.b is None or one.b in seen or not truth.delta or not truth.y:
+        if truth is None or one.b is None or one.b in seen or not truth.y:
             continue
-        ratio = truth.y / truth.delta
+        ratio = truth.y / truth.delta if truth.delta else UNSEEN
         if not 1 / LIKE < ratio < LIKE:
             seen.add(one.b)
             probe.rescale(one.b, ratio)

@@ -14,24 +14,25 @@ from torch import fx
 from lorafx.passes import PassContext
 from lorafx.passes.attach_inputs import KEY
 from lorafx.passes.record import STANDS_FOR
-from lorafx.passes.share_routing import LOWERING, ROUTED, SLOTS, SPREAD, WEIGHTS
+from lorafx.passes.share_routing import COUNT, LOWERING, ROUTED, SLOTS, SPREAD, WEIGHTS
 
 FUSED = torch.ops.lorafx.fused_lora.default
+SPREADING = torch.ops.lorafx.row_weights.default
 X, A, B, BIASES, SCALES = 1, 2, 3, 4, 5  # of lorafx.fused_lora; x, a and b stand there in lorafx.routed_lora too
 SCALE_TABLE, LAYERS = 9, LOWERING + 1  # of lorafx.routed_lora
 Bug = Callable[[fx.GraphModule, fx.Node, dict[str, int]], None]
 
 
 def as_pass(bug: Bug, victim: str) -> Callable[[fx.GraphModule, PassContext], int]:
-    """``bug``, done to the first op that a sibling called ``...victim`` is fused into. It is told where each stands."""
+    """``bug``, done to the op that the layer whose path ends with ``victim`` is fused into. It is told where each stands."""
 
     def wrong(gm: fx.GraphModule, context: PassContext) -> int:
         for op in gm.graph.nodes:
             if op.target in (FUSED, ROUTED):
                 outs = [out for out in op.users if STANDS_FOR in out.meta]
-                places = {out.meta[STANDS_FOR].name.rpartition(".")[2]: out.args[1] for out in outs}
-                if victim in places:
-                    bug(gm, op, places)
+                places = {out.meta[STANDS_FOR].name: out.args[1] for out in outs}
+                if any(name.endswith(victim) for name in places):
+                    bug(gm, op, {name.rpartition(".")[2]: place for name, place in places.items()})
                     return 1
         return 0
 
@@ -131,13 +132,21 @@ def b_of_another(gm: fx.GraphModule, op: fx.Node, places: dict[str, int]) -> Non
     swap(op, B, places)
 
 
+def change_routing(gm: fx.GraphModule, op: fx.Node, changed: Callable[[fx.Node], fx.Node], *positions: int) -> None:
+    for position in positions:
+        op.update_arg(position, changed(op.args[position]))
+    if op.args[SPREAD] is not None:  # made of it, for all groups
+        like, *_, windows = op.args[SPREAD].args
+        routing = (op.args[position] for position in (SLOTS, WEIGHTS, COUNT))
+        op.update_arg(SPREAD, before(gm, op, SPREADING, like, *routing, windows))
+
+
 def routing_of_the_row_above(gm: fx.GraphModule, op: fx.Node, places: dict[str, int]) -> None:
-    for position in (SLOTS, WEIGHTS):
-        op.update_arg(position, before(gm, op, torch.roll, op.args[position], 1, 0))
+    change_routing(gm, op, lambda table: before(gm, op, torch.roll, table, 1, 0), SLOTS, WEIGHTS)
 
 
 def routing_weights_lost(gm: fx.GraphModule, op: fx.Node, places: dict[str, int]) -> None:
-    op.update_arg(WEIGHTS, before(gm, op, torch.ones_like, op.args[WEIGHTS]))
+    change_routing(gm, op, lambda table: before(gm, op, torch.ones_like, table), WEIGHTS)
 
 
 def shared_routing_doubled(gm: fx.GraphModule, op: fx.Node, places: dict[str, int]) -> None:
