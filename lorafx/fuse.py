@@ -42,17 +42,17 @@ def fuse(
         raise LorafxError("validate=True needs example_inputs: real tensors to try the rewritten graph on. Pass them.")
     parsed = Options.parse(options if validate is None else {**(options or {}), "validate": validate})
 
+    traced = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    if example_inputs is not None:
+        _learn_shapes(traced, example_inputs)
+
     def copied() -> fx.GraphModule:
-        copied = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-        if example_inputs is not None:
-            _learn_shapes(copied, example_inputs)
-        return copied
+        return fx.GraphModule(traced, copy.deepcopy(traced.graph))
 
     def rewrite(refused: Collection[str] = ()) -> tuple[fx.GraphModule, PassRecord]:
         fused = copied()
         return fused, run_passes(fused, PassContext(lowering=parsed.lowering, refused=refused))
 
-    traced = copied()
     before = traced.print_readable(print_output=False)
     if parsed.validate and example_inputs is not None:
         fused, record = validated(traced, example_inputs, rewrite, copied)

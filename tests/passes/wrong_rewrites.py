@@ -24,7 +24,7 @@ Bug = Callable[[fx.GraphModule, fx.Node, dict[str, int]], None]
 
 
 def as_pass(bug: Bug, victim: str) -> Callable[[fx.GraphModule, PassContext], int]:
-    """``bug``, done to the op that the layer whose path ends with ``victim`` is fused into. It is told where each stands."""
+    """``bug``, done to the op that ``victim`` (the end of a layer's path) is fused into, and told where each stands."""
 
     def wrong(gm: fx.GraphModule, context: PassContext) -> int:
         for op in gm.graph.nodes:
