@@ -22,6 +22,7 @@ from lorafx.passes.naming import told_apart
 from lorafx.passes.record import FusedBranch, FusedGroup, Sketch
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
+from lorafx.untraced_layers import untraced_layers
 
 CHOSEN = {"cpp": "C++", "aten": "ATen", "triton": "Triton", "reference": "reference"}
 
@@ -244,6 +245,7 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
             report.untraced = "mode='eager' traces no graph"
         report.groups = _groups_from_modules(runtime)
     report.skipped = [Skipped(path, reason) for path, reason in runtime.unfused.items()] + report.skipped
+    report.skipped += untraced_layers(runtime)
     report.retraces = list(runtime.retraces)
     report.bank = repr(runtime.bank)  # which catches up with the model
     report.uncompiled = runtime.follower.uncompiled or ""

@@ -214,7 +214,7 @@ def test_other_names_and_orders_are_said(tmp_path):
 def test_wrong_words_are_refused(tmp_path, fused):
     folder, _ = toy_adapter(tmp_path, ["q_proj"])
     model = Toy(True)
-    with pytest.raises(lorafx.LorafxError, match="expected|Expected|is no slice"):
+    with pytest.raises(lorafx.LorafxError, match=r"xpected|is no slice"):
         lorafx.compile(model, {"a": folder}, fused=fused)
     assert "lora" not in vars(model)
     assert not hasattr(model.attn, "q_proj")
@@ -227,9 +227,7 @@ def test_interleaved_layers_are_refused_by_name(folders, family):
     kind = getattr(transformers, f"{family}Config")
     values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = getattr(transformers, f"{family}ForCausalLM")(kind(**values))
-    with pytest.raises(
-        lorafx.UnsupportedModelError, match="query_key_value holds q, k and v of each head side by side"
-    ):
+    with pytest.raises(lorafx.UnsupportedModelError, match="query_key_value holds q, k and v of each"):
         lorafx.compile(model, {"qkv": folders["qkv"]})
 
 
@@ -257,9 +255,9 @@ def test_adapters_that_disagree_about_a_part(tmp_path):
     values = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "peft_type": "LORA"}
     with pytest.raises(lorafx.AdapterMismatchError, match="is of another model"):
         model.lora.load("b", (other, values))
+    too_wide = {k: torch.randn(20, 2) if "lora_B" in k else v for k, v in other.items()}
+    overlapping = {k.replace("q_proj", "v_proj"): v for k, v in too_wide.items()}
     with pytest.raises(lorafx.AdapterMismatchError, match="its parts are"):
-        too_wide = {k: torch.randn(20, 2) if "lora_B" in k else v for k, v in other.items()}
-        overlapping = {k.replace("q_proj", "v_proj"): v for k, v in too_wide.items()}
         model.lora.load("b", (overlapping, {**values, "target_modules": ["v_proj"]}))
     assert model.lora.names == ["a"]
     assert_close(delta_of(model), want)
