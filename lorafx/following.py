@@ -66,7 +66,8 @@ class Follower:
         if not self._in_place() or not runtime.fused.holds():
             return False
         if self._state is None:
-            return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
+            without = list(vars(runtime.root).get("peft_config", ())) == self._without
+            return self.gone or (without and not runtime.peft)
         used = runtime.bank._slots
         if selection is not None:
             used = {*names_in(selection), *names_in(runtime.bank.in_use)}

@@ -22,7 +22,7 @@ class Projections(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         for name, sizes in SIZES.items():
-            self.add_module(name, nn.Linear(*sizes, bias=name != "k_proj"))
+            self.add_module(name, nn.Linear(*sizes, bias=name == "q_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
@@ -70,7 +70,9 @@ def int8(dtype: torch.dtype) -> nn.Module:
 
     def make(layer: nn.Linear) -> nn.Module:
         has_bias = layer.bias is not None
-        new = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, has_bias, has_fp16_weights=False)
+        new = bitsandbytes.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, has_bias, has_fp16_weights=False, threshold=6.0
+        )
         new.load_state_dict(layer.state_dict())
         return new.to("cpu")
 
