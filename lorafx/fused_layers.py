@@ -28,6 +28,7 @@ EVEN = {"gate_up_proj"}  # the parts multiply each other, so they are equally wi
 # Each head's q, k and v stand together, so that no part is a slice: by the layer's name, or by the kind of model.
 INTERLEAVED_LAYERS = {"query_key_value", "wqkv"}
 INTERLEAVED_MODELS = {"codegen", "minimax"}
+INSTEAD = "Train the adapter on the fused layer, or use a model whose projections are separate."
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ class Fusions:
                     " stand, or a dict of their widths"
                 )
             if name in INTERLEAVED_LAYERS:
-                raise UnsupportedModelError(_interleaved(name))
+                raise UnsupportedModelError(
+                    f"fused names {name}, which holds q, k and v of each head side by side, so no part of it is a slice."
+                    f" Expected a layer that holds one part after the other. {INSTEAD}"
+                )
             if isinstance(parts, Mapping):
                 if not all(isinstance(width, int) and width > 0 for width in parts.values()):
                     raise LorafxError(f"got fused={{{name!r}: {parts!r}}}; expected whole numbers as widths")
@@ -197,14 +201,10 @@ def refuse_interleaved(name: str, root: nn.Module, wanted: Iterable[str]) -> Non
     mixing = names & (INTERLEAVED_LAYERS | ({"qkv_proj"} if _kind(root) in INTERLEAVED_MODELS else set()))
     missing = {"q_proj", "k_proj", "v_proj", "query", "key", "value"}.intersection(wanted) - names
     if mixing and missing:
-        raise UnsupportedModelError(f"adapter {name!r} adapts {min(missing)}. {_interleaved(min(mixing))}")
-
-
-def _interleaved(layer: str) -> str:
-    return (
-        f"{layer} holds q, k and v of each head side by side, so an adapter of one of them is no slice of it. Train the"
-        f" adapter on {layer} itself, or use a model whose projections are separate."
-    )
+        raise UnsupportedModelError(
+            f"adapter {name!r} adapts {min(missing)}, and {min(mixing)} of this model holds q, k and v of each head side"
+            f" by side, so no part of it is a slice. Expected an adapter of the layer itself. {INSTEAD}"
+        )
 
 
 def _kind(root: nn.Module) -> Any:

@@ -139,21 +139,22 @@ def packed(dtype: torch.dtype) -> nn.Module:
     return each_layer(plain(dtype), PackedLinear)
 
 
-KINDS: dict[str, tuple[Callable[[torch.dtype], nn.Module], str]] = {  # and the package that it needs
-    "nf4": (nf4, "bitsandbytes"),
-    "int8": (int8, "bitsandbytes"),
-    "torchao int8": (torchao_int8, "torchao"),
-    "torchao int4": (torchao_int4, "torchao"),
-    "diffusers gguf": (diffusers_gguf, "diffusers"),
-    "packed": (packed, "torch"),
+KINDS: dict[str, tuple[Callable[[torch.dtype], nn.Module], list[str]]] = {  # and the packages that it needs
+    "nf4": (nf4, ["bitsandbytes"]),
+    "int8": (int8, ["bitsandbytes"]),
+    "torchao int8": (torchao_int8, ["torchao"]),
+    "torchao int4": (torchao_int4, ["torchao"]),
+    "diffusers gguf": (diffusers_gguf, ["diffusers", "gguf"]),
+    "packed": (packed, []),
 }
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """A quantised model, in eval mode; skips the test where its package is not installed."""
-    make, package = KINDS[kind]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"the {package} package is not installed")
+    make, packages = KINDS[kind]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the {package} package is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make(dtype).eval()

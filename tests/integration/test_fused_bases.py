@@ -227,7 +227,7 @@ def test_interleaved_layers_are_refused_by_name(folders, family):
     kind = getattr(transformers, f"{family}Config")
     values = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = getattr(transformers, f"{family}ForCausalLM")(kind(**values))
-    with pytest.raises(lorafx.UnsupportedModelError, match="query_key_value holds q, k and v of each"):
+    with pytest.raises(lorafx.UnsupportedModelError, match="query_key_value of this model holds q, k and v"):
         lorafx.compile(model, {"qkv": folders["qkv"]})
 
 
