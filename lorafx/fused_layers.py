@@ -118,7 +118,7 @@ class Fusions:
                 )
             if name in INTERLEAVED_LAYERS:
                 raise UnsupportedModelError(
-                    f"fused names {name}, which holds q, k and v of each head side by side, so no part of it is a slice."
+                    f"fused names {name}, which holds q, k and v of each head side by side, so no part is a slice."
                     f" Expected a layer that holds one part after the other. {INSTEAD}"
                 )
             if isinstance(parts, Mapping):
@@ -202,8 +202,8 @@ def refuse_interleaved(name: str, root: nn.Module, wanted: Iterable[str]) -> Non
     missing = {"q_proj", "k_proj", "v_proj", "query", "key", "value"}.intersection(wanted) - names
     if mixing and missing:
         raise UnsupportedModelError(
-            f"adapter {name!r} adapts {min(missing)}, and {min(mixing)} of this model holds q, k and v of each head side"
-            f" by side, so no part of it is a slice. Expected an adapter of the layer itself. {INSTEAD}"
+            f"adapter {name!r} adapts {min(missing)}, and {min(mixing)} of this model holds q, k and v of each head"
+            f" side by side, so no part is a slice of it. Expected an adapter of the layer itself. {INSTEAD}"
         )
 
 

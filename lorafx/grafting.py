@@ -27,7 +27,10 @@ def graft(name: str, bare: nn.Module, config: LoraConfig, shapes: Mapping[str, t
         path, mark, _ = key.partition(".lora_B")
         if mark and len(shape) == 2:
             widths[path.removeprefix(PREFIX)] = shape[0]
-    adapted = {path.rpartition(".")[2] for path in widths}
+    alike: dict[str, set[int]] = {}
+    for path, width in widths.items():
+        alike.setdefault(path.rpartition(".")[2], set()).add(width)
+    adapted = alike.keys()
     refuse_interleaved(name, bare, adapted)
     for layer in f.layers(bare):
         if adapted.isdisjoint(layer.parts):
@@ -35,24 +38,24 @@ def graft(name: str, bare: nn.Module, config: LoraConfig, shapes: Mapping[str, t
         parent_path, _, own_name = layer.path.rpartition(".")
         parent = bare.get_submodule(parent_path)
         if not layer.own:
-            for part, width in _widths(name, layer, widths).items():
+            for part, width in _widths(name, layer, widths, alike).items():
                 parent.add_module(part, nn.Linear(layer.in_features, width, bias=False, device="meta"))
         if isinstance(config.target_modules, str) and own_name not in adapted:
             delattr(parent, own_name)
 
 
-def _widths(name: str, layer: FusedLayer, widths: Mapping[str, int]) -> dict[str, int]:
+def _widths(name: str, layer: FusedLayer, widths: Mapping[str, int], alike: Mapping[str, set[int]]) -> dict[str, int]:
     """Of every part: as the model has it, else as the file has it; of what neither says any that is left.
 
-    widths: of the B's in the file, by the path of their layer
+    widths: of the B's in the file, by the path of their layer; alike: by the last part of it
     """
     if layer.widths is not None:
         return dict(zip(layer.parts, layer.widths, strict=True))
     found: dict[str, int] = {}
     for part in layer.parts:
         # names in old files may lack a prefix, or have another; then all layers have to agree
-        alike = {width for path, width in widths.items() if path.rpartition(".")[2] == part}
-        width = widths.get(layer.path_of(part), alike.pop() if len(alike) == 1 else None)
+        same = alike.get(part, set())
+        width = widths.get(layer.path_of(part), min(same) if len(same) == 1 else None)
         if width is not None:
             found[part] = width
     if not found:

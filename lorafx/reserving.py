@@ -55,7 +55,8 @@ def make_store(
     given = {path for adapter in weights for path in adapter.sites}
     modules = dict(root.named_modules())
     wanted = given | reserved | coming.keys()
-    for path in [*filter(wanted.__contains__, modules), *sorted(wanted - modules.keys())]:
+    places = dict.fromkeys([*modules, *parts, *(path for adapter in weights for path in adapter.sites), *coming])
+    for path in filter(wanted.__contains__, places):
         here = [adapter.shapes[path] for adapter in weights if path in adapter.sites]
         known = here + coming.get(path, [])
         shape = (known[0].in_features, known[0].out_features) if known else parts.get(path)

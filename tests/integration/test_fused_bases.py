@@ -214,7 +214,7 @@ def test_other_names_and_orders_are_said(tmp_path):
 def test_wrong_words_are_refused(tmp_path, fused):
     folder, _ = toy_adapter(tmp_path, ["q_proj"])
     model = Toy(True)
-    with pytest.raises(lorafx.LorafxError, match=r"xpected|is no slice"):
+    with pytest.raises(lorafx.LorafxError, match="xpected"):
         lorafx.compile(model, {"a": folder}, fused=fused)
     assert "lora" not in vars(model)
     assert not hasattr(model.attn, "q_proj")
