@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
@@ -25,6 +26,7 @@ from lorafx.formats.base import Base, base_of
 from lorafx.fused_layers import Fusions
 from lorafx.grafting import graft
 from lorafx.inferred_config import config_of_shapes
+from lorafx.layer_kinds import why_not, widths_of
 from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
 from lorafx.quantised import features_of
@@ -205,7 +207,7 @@ def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape], fusi
             path in parts and features_of(root.get_submodule(parts[path].layer))[0] == shape.in_features
         ):
             raise AdapterMismatchError(
-                f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a linear layer {path!r} from"
+                f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a layer {path!r} from"
                 f" {shape.in_features} to {shape.out_features} features, which the model has not. Is it an adapter of"
                 " another model?"
             )
@@ -217,7 +219,8 @@ def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
         module = root.get_submodule(path)
     except AttributeError:
         return False
-    return features_of(module) == (shape.in_features, shape.out_features)
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return widths_of(base) == (shape.in_features, shape.out_features) and why_not(base) is None
 
 
 def _check_prefixes(name: str, keys: Iterable[str]) -> None:
