@@ -57,9 +57,6 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
-# ------------------------------------------------------------------------------------------------ what they are fed
-
-
 def _ids(rows: int) -> Inputs:
     return {"input_ids": tokens(rows)}
 
@@ -90,9 +87,6 @@ def _flux_latents(rows: int) -> Inputs:
 def _sd3_latents(rows: int) -> Inputs:
     text = {"encoder_hidden_states": noise(rows, 5, 16), "pooled_projections": noise(rows, 16)}
     return {"hidden_states": noise(rows, 4, 8, 8), **text, "timestep": torch.arange(rows) * 7 + 3}
-
-
-# ------------------------------------------------------------------------------------------------ how they are built
 
 
 def _of(name: str, layers: tuple[str, ...] = ("num_hidden_layers",), **fields: Any) -> Callable[[int], nn.Module]:
@@ -158,8 +152,6 @@ def _sd3(layers: int) -> nn.Module:
     widths = {"in_channels": 4, "out_channels": 4, "joint_attention_dim": 16, "pooled_projection_dim": 16}
     return diffusers.SD3Transformer2DModel(sample_size=8, patch_size=2, num_layers=layers, **heads, **widths)
 
-
-# ------------------------------------------------------------------------------------------------ the families
 
 QKV = ("q_proj", "k_proj", "v_proj")
 BERT_QKV = ("query", "key", "value")
