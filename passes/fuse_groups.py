@@ -22,9 +22,9 @@ from torch import fx
 from lorafx.kernels.ops import choose_lowering, resolve_lowering
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import KEPT_META, example
+from lorafx.passes.graph_reading import KEPT_META, example, size_hint, traced_name
 from lorafx.passes.group_markers import SITE, Group, group_markers
-from lorafx.passes.record import FusedBranch, FusedGroup
+from lorafx.passes.record import STANDS_FOR, FusedBranch, FusedGroup, StandIn
 
 
 def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
@@ -35,7 +35,8 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
     """
 
     def is_known(marker: fx.Node) -> bool:
-        return marker.args[2] == context.bank_key and isinstance(marker.args[3], int)
+        mine = marker.args[2] == context.bank_key and isinstance(marker.args[3], int)
+        return mine and traced_name(marker) not in context.refused
 
     def parent_of(marker: fx.Node) -> str:
         if marker.target is SITE:
@@ -57,7 +58,7 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
             outs.meta["example_value"] = [example(marker) for marker in group.markers]
             for i, marker in enumerate(group.markers):
                 out = gm.graph.call_function(operator.getitem, (outs, i))
-                out.meta = dict(marker.meta)
+                out.meta = {STANDS_FOR: _stand_in(marker, context), **marker.meta}
                 marker.replace_all_uses_with(out)
         for marker in group.markers:
             gm.graph.erase_node(marker)
@@ -109,7 +110,7 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     _record(context, "routed_lora", first.parent, x, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
         for site in sites:
-            context.record.shapes[site.name] = tuple(_hint(size) for size in value.shape)
+            context.record.shapes[site.name] = tuple(size_hint(size) for size in value.shape)
     return gm.graph.call_function(
         torch.ops.lorafx.routed_lora.default,
         (
@@ -149,14 +150,17 @@ def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     )
 
 
+def _stand_in(marker: fx.Node, context: PassContext) -> StandIn | None:
+    """Of a site, whose marker was traced; a branch's was put by a pass, which has said it."""
+    if marker.target is not SITE:
+        return None
+    name = traced_name(marker)
+    return StandIn(context.sites[marker.args[3]].name, name, name)
+
+
 def _rank(marker: fx.Node) -> int | None:
     matrix = example(marker.args[2])
-    return None if matrix is None else _hint(matrix.shape[0])
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """The size that the graph was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return None if matrix is None else size_hint(matrix.shape[0])
 
 
 def _site_branch(site: SiteGeometry) -> FusedBranch:
