@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels.ops import set_site_forward
+from lorafx.passes.graph_reading import example
 
 
 class SiteHook:
@@ -111,3 +112,18 @@ def _marker_forward(y: Tensor, x: Tensor, key: int, site: int) -> Tensor:
 
 
 set_site_forward(_marker_forward)
+
+
+def run_markers_now(gm: fx.GraphModule) -> int:
+    """Have the markers that the passes left in ``gm``, and that need gradients, computed as a layer outside a graph is:
+    autograd then keeps the routing of the call, which a marker's own backward would look for once the call is over.
+    Returns how many there were; ``gm`` has to be run as it is then.
+    """
+    done = 0
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.lorafx.site.default):
+        if torch.is_grad_enabled() and any(getattr(example(arg), "requires_grad", False) for arg in node.args[:2]):
+            node.target = _marker_forward
+            done += 1
+    if done:
+        gm.recompile()
+    return done
