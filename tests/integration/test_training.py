@@ -124,19 +124,16 @@ def test_dropout_is_peft_s_own():
     assert fused(model) == [(0, 0), (0, GROUPS)]
 
 
-@pytest.mark.parametrize(("reentrant", "dropout"), [(True, 0.0), (False, 0.3)])
-def test_gradient_checkpointing(reentrant, dropout):
-    """Layers are computed again in the backward: fused where dropout is 0, with the same masks where it is not."""
-    model, reference = pair(lora_dropout=dropout)
+def test_gradient_checkpointing():
+    """Layers are computed again in the backward, and fused in both. With dropout: see ``test_trainer``."""
+    model, reference = pair()
     for each in (model, reference):
         each.enable_input_require_grads()
-        each.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for seed in (1, 2):
-        assert_same(model, reference, seed=seed)
-    graphs = [graph.passes for graph in lorafx.explain(model).graphs]
-    layers = next(passes for passes in graphs if passes.after["tag_activation_checkpoint"])
-    assert layers.after["lorafx.fused_lora"] == (0 if dropout else GROUPS)
-    assert len(layers.skipped) == (7 * LAYERS if dropout else 0)
+        each.gradient_checkpointing_enable({"use_reentrant": True})  # which Dynamo takes for False
+    assert_same(model, reference)
+    (layers,) = [g.passes for g in lorafx.explain(model).graphs if g.passes.after["tag_activation_checkpoint"]]
+    assert layers.after["lorafx.fused_lora"] == GROUPS
+    assert layers.skipped == []
 
 
 def test_accumulated_gradients():

@@ -33,15 +33,14 @@ def split(tensors: tuple[Tensor, ...], *sizes: int) -> list[list[Tensor]]:
     return parts
 
 
-@pytest.mark.parametrize("rows", [3, 0])
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_fused_lora(count, strided, rows):
+@pytest.mark.parametrize(("rows", "strided"), [(2, False), (2, True), (0, False)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_fused_lora(count, rows, strided):
     """Mixed ranks and widths; biases and scale tensors on every second sibling."""
     torch.manual_seed(count)
     biased = [i for i in range(count) if i % 2 == 0]
-    x = leaf(rows, 2, K, strided=strided)
-    ys = [leaf(rows, 2, width, strided=strided) for width in WIDTHS[:count]]
+    x = leaf(rows, 1, K, strided=strided)
+    ys = [leaf(rows, 1, width, strided=strided) for width in WIDTHS[:count]]
     a = [leaf(rank, K, strided=strided) for rank in RANKS[:count]]
     b = [leaf(width, rank, strided=strided) for width, rank in zip(WIDTHS[:count], RANKS[:count], strict=True)]
     biases, scales = [leaf(WIDTHS[i]) for i in biased], [leaf() for _ in biased]
@@ -74,7 +73,7 @@ def test_branch(strided):
 
 @pytest.mark.parametrize("layers", [False, True], ids=["base outputs", "the layers themselves"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("ranks", [(2,), (2, 0, 1), (1, 2, 1, 0, 1)], ids=len)
+@pytest.mark.parametrize("ranks", [(2,), (2, 0, 1)], ids=len)
 def test_routed_lora(ranks, bias, layers):
     """Rows with their own adapters and rows on the base model; with ``layers`` also the folded weights'."""
     widths = WIDTHS[: len(ranks)]
@@ -82,7 +81,7 @@ def test_routed_lora(ranks, bias, layers):
         ranks,
         widths=widths,
         k=K,
-        tokens=(2,),
+        tokens=(1,),
         entries=[[(0, 0.7), (1, -0.3)], BASE, [(3, 1.0)]],
         dtype=torch.float64,
         bias=bias,
@@ -127,10 +126,9 @@ def unfused(ys, x, a, b, biases, scales):
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
     ids=["float32", "bf16 base", "bf16"],
 )
-@pytest.mark.parametrize("seed", range(3))
-def test_no_worse_than_the_unfused_graph(dtype, adapter, seed):
+def test_no_worse_than_the_unfused_graph(dtype, adapter):
     """Each gradient's distance to float64's, beside that of the unfused branches."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
