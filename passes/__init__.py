@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from torch import fx
 from torch._dynamo.utils import counters
 
-import lorafx.kernels.ops  # noqa: F401  (defines the ops that the passes look for and put)
+import lorafx.kernels.layer_ops
+import lorafx.kernels.ops  # noqa: F401
 from lorafx.passes.checkpointed import hand_on_inputs, own_bodies
 from lorafx.passes.clean_up import clean_up
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
+from lorafx.passes.fuse_layers import fuse_layers
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.share_routing import share_routing
@@ -36,6 +38,7 @@ FIND = (
 REWRITE = (
     hand_on_inputs,  # what bodies of checkpointed layers read, which are rewritten before the graph that calls them
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
+    fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     share_routing,  # one lorafx.row_weights for all groups
     clean_up,
@@ -52,6 +55,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     before = sketch_layer(shown[0], context, shown[1]) if shown else None
     for one in graphs:
         _run(REWRITE, one, context)
+        one.graph.lint()
+        one.recompile()
     if shown:
         context.record.sketches = before, sketch_layer(shown[0], context, shown[1])
     context.record.after = _count(graphs)

@@ -226,6 +226,14 @@ def test_modules_to_save_are_trained_beside_it():
     assert [skipped.name for skipped in lorafx.explain(model).skipped] == ["lm_head"]
 
 
+def test_embeddings_are_trained_beside_it():
+    """Their branches are no linear layers, and stay PEFT's."""
+    model, reference = pair(target_modules=["embed_tokens", "q_proj"])
+    got = assert_same(model, reference)
+    assert any("lora_embedding_A" in name for name in got)
+    assert fused(model) == [(LAYERS, 0)]
+
+
 def test_adapters_from_files_are_constants(tmp_path):
     """A plain model: a backward reaches what else wants gradients, through the adapters, and never these."""
     reference = plain_peft()
