@@ -26,9 +26,10 @@ from lorafx.kernels.ops import LOWERINGS
 from lorafx.logs import GRAPHS
 from lorafx.passes import PassContext, PassRecord, run_passes
 from lorafx.passes.attach_inputs import ROUTING, routed_inputs
+from lorafx.passes.checkpointed import draw_again
 from lorafx.probe_bank import ProbeBank
 from lorafx.recompiles import input_shapes
-from lorafx.sites import refusal, rows_unknown
+from lorafx.sites import refusal, rows_unknown, run_markers_now
 
 log = logging.getLogger("lorafx")
 graphs_log = logging.getLogger(GRAPHS)
@@ -112,11 +113,12 @@ def compile_graph(
     if routed:
         routing = bank.routing()
         inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
-    if options.inductor:
+    if not run_markers_now(rewritten) and options.inductor:
         log.info("Inductor compiles a graph of %d nodes, with %d fused group(s)", len(rewritten.graph.nodes), groups)
         compile_ = outlined.compile_outlined if options.outline else outlined.compile_alone
         compiled, repeats = compile_(rewritten, inputs, options.patches)
     else:
+        draw_again(rewritten)
         compiled, repeats = rewritten.forward, 0
     identity = torch._guards.CompileContext.current_compile_id()
     keep(

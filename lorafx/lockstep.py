@@ -13,6 +13,7 @@ by far, or nothing was seen, and nothing is proved.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lorafx.passes.attach_inputs import KEY
+from lorafx.passes.checkpointed import CHECKPOINT, bodies_of
 from lorafx.passes.graph_reading import TRACED, traced_name
 from lorafx.passes.record import STANDS_FOR, StandIn
 from lorafx.probe_bank import SITES, ProbeBank
@@ -50,11 +52,28 @@ class Truth:
 
 
 class _Run(fx.Interpreter):
-    """One run on ``attributes`` in the place of what the module holds."""
+    """One run on ``attributes`` in the place of what the module holds. path: of a body, in the graph that calls it."""
 
     def __init__(self, gm: fx.GraphModule, attributes: dict[str, Tensor], sites: ProbeBank | None) -> None:
         super().__init__(gm)
-        self.attributes, self.sites = attributes, sites
+        self.attributes, self.sites, self.path = attributes, sites, ""
+
+    def body(self, gm: fx.GraphModule) -> _Run:
+        """What runs a graph that this one calls, and adds to what is found here."""
+        inner = copy.copy(self)
+        fx.Interpreter.__init__(inner, gm)
+        name = next(name for name, module in self.submodules.items() if module is gm)
+        inner.path = f"{self.path}.{name}" if self.path else name
+        return inner
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is not CHECKPOINT:
+            return super().call_function(target, args, kwargs)
+        return self.body(args[0]).run(*args[1:], enable_io_processing=False)
+
+    def named(self, node: fx.Node) -> str:
+        """As ``TRACED`` has it."""
+        return f"{self.path}/{node.name}" if self.path else node.name
 
     def fetch_attr(self, target: str) -> Any:
         return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
@@ -99,9 +118,11 @@ class Traced(_Run):
         self.outputs: list[Any] = []
 
     def run_node(self, node: fx.Node) -> Any:
-        one, y = self._sums.get(node.name), None
+        name = self.named(node)
+        one, y = self._sums.get(name), None
         if one is not None and one.y:
-            y = next(self.env[arg] for arg in node.all_input_nodes if arg.name == one.y).clone()  # it may be written to
+            y = next(self.env[arg] for arg in node.all_input_nodes if self.named(arg) == one.y)
+            y = y.clone()  # it may be written to
         if node.target in SITES:
             value, delta = self.site(node)
             y = self.values_of(node)[0]
@@ -112,12 +133,12 @@ class Traced(_Run):
             width = value.shape[-1] if value.dim() else 1
             if self.sites is not None and self.sites.knows(node):
                 width = max(width, self.sites.in_features(node))
-            self._kinds[node.name] = value.dtype, width
+            self._kinds[name] = value.dtype, width
         if one is not None and delta is not None:
             self._sizes[one.out] = (_rows(value) + _rows(delta), rms(delta), rms(y), self._bound(one, node, value))
-        if node.name in self._results or node.name in self._readers:
-            self._kept[node.name] = copied(value)
-        if node.op == "output":
+        if name in self._results or name in self._readers:
+            self._kept[name] = copied(value)
+        if node.op == "output" and not self.path:
             self.outputs = [copied(self.env[leaf]) for leaf in leaves(node)]
         return value
 
@@ -133,8 +154,8 @@ class Traced(_Run):
         return self._kept.get(name)
 
     def _bound(self, one: StandIn, out: fx.Node, value: Tensor) -> float:
-        names = [*one.inside, *([one.y] if one.y else []), *(arg.name for arg in out.all_input_nodes)]
-        kinds = [self._kinds[name] for name in (*names, out.name) if name in self._kinds]
+        names = [*one.inside, *([one.y] if one.y else []), *(self.named(arg) for arg in out.all_input_nodes)]
+        kinds = [self._kinds[name] for name in (*names, self.named(out)) if name in self._kinds]
         return bound([dtype for dtype, _ in kinds], max(width for _, width in kinds), value.device)
 
 
@@ -149,7 +170,7 @@ class Rewritten(_Run):
         self.blame: Blame = {}
 
     def run_node(self, node: fx.Node) -> Any:
-        if KEY in node.meta:
+        if KEY in node.meta and not self.path:  # a body is given what the graph that calls it has
             return self.sites.inputs(node)
         if node.target in SITES:
             return self.site(node)[0]
@@ -161,7 +182,7 @@ class Rewritten(_Run):
         if (one := node.meta.get(STANDS_FOR)) is not None:
             return self._judge(one, node)
         value = super().run_node(node)
-        if node.op == "output":
+        if node.op == "output" and not self.path:
             self._compare_outputs(node)
         read = stand_ins_of(node.all_input_nodes)
         truth = self._traced.reader(node.meta.get(TRACED, "")) if read else None
@@ -249,8 +270,13 @@ def _alike(got: Any, want: Any) -> bool:
 
 def readers_of(gm: fx.GraphModule) -> set[str]:
     """Traced names of the nodes that read an output of a fused op."""
-    outs = [node for node in gm.graph.nodes if STANDS_FOR in node.meta]
+    outs = [node for node in all_nodes(gm) if STANDS_FOR in node.meta]
     return {traced_name(user) for out in outs for user in out.users if user.op != "output"}
+
+
+def all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Those of the bodies that ``gm`` calls, and its own."""
+    return [node for one in (*bodies_of(gm).values(), gm) for node in one.graph.nodes]
 
 
 def stand_ins_of(nodes: Collection[fx.Node]) -> list[StandIn]:

@@ -138,13 +138,14 @@ def own_memory(layers: dict[str, PeftLinear]) -> None:
 
 
 class ContiguousStateDict:
-    """A hook on ``state_dict``: safetensors takes contiguous tensors only, and B is held as rank rows."""
+    """A hook on ``state_dict``: adapters in memory of their own, without gaps. That is what safetensors takes, while
+    the parameters are views of one storage, and B is held as rank rows. With ``keep_vars`` the parameters stay."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key, value in state.items():
-            ours = ".lora_B." in key or ".lora_embedding_B." in key
-            if ours and isinstance(value, Tensor) and not value.is_contiguous():
-                state[key] = value.contiguous()
+            ours = key.removeprefix(prefix).startswith(("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B."))
+            if ours and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                state[key] = value.clone(memory_format=torch.contiguous_format)
 
 
 # ------------------------------------------------------------------------------------------------ PEFT's switches

@@ -18,6 +18,7 @@ from lorafx.kernels import layer_kinds, reference
 from lorafx.kernels.layer_ops import unbatched
 from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.attach_inputs import KEY, ROUTING
+from lorafx.passes.checkpointed import bodies_of
 from lorafx.passes.context import SiteGeometry
 from lorafx.passes.fuse_layers import LAYER_SITE, ROUTED_LAYER
 from lorafx.passes.graph_reading import example
@@ -78,7 +79,7 @@ class ProbeBank:
     def poison(self, gm: fx.GraphModule) -> None:
         """Fill the rank rows that no adapter has: with NaN, where the lowering of ``gm`` promises not to read them."""
         lenient = set()  # sites whose lowering multiplies what it does not want by zero
-        for node in gm.graph.nodes:
+        for node in (node for one in (*bodies_of(gm).values(), gm) for node in one.graph.nodes):
             stand_in = node.meta.get(STANDS_FOR)
             if stand_in is None:
                 continue

@@ -23,6 +23,7 @@ from lorafx.fused_hooks import FusedSites
 from lorafx.fused_layers import Fusions
 from lorafx.peft_change import changing_peft
 from lorafx.recompiles import MANY, advice
+from lorafx.recomputing import check_not_recomputed
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
@@ -248,6 +249,8 @@ class Runtime:
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
         if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
+            if torch.is_grad_enabled() and self.bank.chosen_by_call:
+                check_not_recomputed(self.root)
             return self.root._call_impl
         call = root_forward.shortest_call(self.root)
         with self._making_entry:  # threads that come first together share one

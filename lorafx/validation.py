@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.lockstep import Blame, Rewritten, Traced, alike, readers_of, stand_ins_of
+from lorafx.lockstep import Blame, Rewritten, Traced, alike, all_nodes, readers_of, stand_ins_of
 from lorafx.passes import PassRecord
 from lorafx.passes.branch import Skipped
 from lorafx.passes.record import StandIn
@@ -63,7 +63,7 @@ def validated(
     rewritten, record = rewrite(refused)
     bank = None
     for _ in range(ROUNDS):
-        stand_ins = stand_ins_of(rewritten.graph.nodes)
+        stand_ins = stand_ins_of(all_nodes(rewritten))
         names |= {one.out: one.name for one in stand_ins}
         if not record.groups:
             break
@@ -77,8 +77,8 @@ def validated(
         refused |= blame
         rewritten, record = rewrite(refused)
     else:
-        refused |= _all(stand_ins_of(rewritten.graph.nodes), "its rewrite can't be proved")
-        names |= {one.out: one.name for one in stand_ins_of(rewritten.graph.nodes)}
+        refused |= _all(stand_ins_of(all_nodes(rewritten)), "its rewrite can't be proved")
+        names |= {one.out: one.name for one in stand_ins_of(all_nodes(rewritten))}
         record.groups, record.folded = [], 0
     if refused and not record.groups:  # what else the passes did is not proved either
         rewritten, record.after = unchanged(), record.before

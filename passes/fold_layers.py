@@ -39,7 +39,7 @@ def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
         biases = [layer.bias.node if layer.bias is not None else None for layer in layers]
         node.args = ([], *node.args[1 : LOWERING + 1], weights, biases)
         folded += len(layers)
-    context.record.folded = folded
+    context.record.folded += folded
     return folded
 
 
