@@ -22,6 +22,7 @@ from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.fuse_layers import fuse_layers
+from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.share_routing import share_routing
@@ -49,6 +50,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     """Rewrite ``gm`` in place, and a copy of each body it calls. Returns the record, which is ``context.record``."""
     graphs = [*own_bodies(gm), gm]
     context.record.before = _count(graphs)
+    for node in gm.graph.nodes:
+        node.meta[TRACED] = node.name
     for one in graphs:
         _run(FIND, one, context)
     shown = next(((one, layer) for one in graphs if (layer := first_layer(one, context)) is not None), None)
