@@ -83,7 +83,7 @@ def validated(
     if refused and not record.groups:  # what else the passes did is not proved either
         rewritten, record.after = unchanged(), record.before
     record.skipped += [Skipped(names[out], f"{reason}; left as it is") for out, reason in refused.items()]
-    record.proved = sum(len(group.branches) for group in record.groups)
+    record.proved = len(stand_ins_of(all_nodes(rewritten))) if record.groups else 0
     seconds = time.perf_counter() - started
     log.info("%d branch(es) proved equal on probe inputs, %d undone, %.1f s", record.proved, len(refused), seconds)
     return rewritten, record

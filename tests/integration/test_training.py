@@ -134,6 +134,7 @@ def test_gradient_checkpointing():
     (layers,) = [g.passes for g in lorafx.explain(model).graphs if g.passes.after["tag_activation_checkpoint"]]
     assert layers.after["lorafx.fused_lora"] == GROUPS
     assert layers.skipped == []
+    assert layers.proved == sum(len(group.branches) for group in layers.groups)  # in the bodies, too
 
 
 def test_accumulated_gradients():
