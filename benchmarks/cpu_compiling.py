@@ -64,7 +64,8 @@ def recompiles(base: PreTrainedModel, inductor: bool = True, count: int = LISTS)
         outputs[kind] = [call() for call in calls[kind]]
         row["graphs"] = counters["stats"]["unique_graphs"] - before
         progress(f"{kind}: {count} lists, {row['graphs']} graph(s), {time.perf_counter() - started:.1f} s")
-    exact = make_step(with_adapters(copy.deepcopy(base), forward).double(), forward)
+    exact = with_adapters(copy.deepcopy(base), forward).double()
+    exact = make_step(exact, forward, past=workshop.past(forward.rows))
     references = [exact(adapter_names=names) for names in lists]
     for kind in kinds:
         pairs = zip(outputs[kind], references, strict=True)
@@ -97,8 +98,8 @@ def compile_seconds(base: PreTrainedModel) -> dict:
         make_step(small, forward)()
         for kind in (BASE, LORAFX):
             torch._dynamo.reset()
-            contender = Workshop(base).make(Entry(kind, kind, forward))
-            reference = Reference(base, forward)
+            workshop = Workshop(base)
+            contender, reference = workshop.make(Entry(kind, kind, forward)), Reference(workshop, forward)
             outputs: list[Tensor] = []
             with fresh_cache():  # the compiled C++ is kept by content, even with the caches off
                 first = timed(lambda step=contender.step, outputs=outputs: outputs.append(step()))

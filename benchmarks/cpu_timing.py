@@ -36,7 +36,9 @@ def measure(case: Timed, base: PreTrainedModel, rounds: int, inductor: bool = Tr
         for entry in case.entries
         if available(entry.kind) and entry not in left_out
     ]
-    references = {forward: Reference(base, forward) for forward in dict.fromkeys(entry.forward for entry in entries)}
+    references = {
+        forward: Reference(workshop, forward) for forward in dict.fromkeys(entry.forward for entry in entries)
+    }
     steps: dict[str, Callable[..., Tensor]] = {}
     rows = []
     for entry in entries:

@@ -88,11 +88,24 @@ def with_adapters(base: PreTrainedModel, case: Case) -> PeftModel:
     return model.eval()
 
 
+Past = list[tuple[Tensor, Tensor]]  # of each layer, keys and values [rows, heads, SEEN, head_dim]
+
+
+@torch.no_grad()
+def past_of(model: PreTrainedModel, rows: int) -> Past:
+    """What ``model`` itself keeps of ``SEEN`` tokens. Behind random keys and values a trained model carries rounding on
+    a thousandfold."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, SEEN), generator=torch.Generator().manual_seed(1))
+    cache = model(input_ids=ids.to(model.device), use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def make_step(
-    model: nn.Module, case: Case, call: Callable[..., Any] | None = None, **more: Any
+    model: nn.Module, case: Case, call: Callable[..., Any] | None = None, past: Past | None = None, **more: Any
 ) -> Callable[..., Tensor]:
     """One forward pass of ``case``, always the same; returns the logits. ``call``: what to call in place of ``model``,
-    ``more``: arguments besides, such as adapter_names; those that a step is given come on top."""
+    ``past``: what a decode step finds in its cache, None: random numbers, ``more``: arguments besides, such as
+    adapter_names; those that a step is given come on top."""
     embedding = next(model.parameters())
     device, dtype = embedding.device, embedding.dtype
     ids = torch.randint(
@@ -106,9 +119,12 @@ def make_step(
             case.rows, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, dtype, device
         )
         generator = torch.Generator(device).manual_seed(0)
-        for layer in cache.layers:
-            for part in (layer.keys, layer.values):  # drawn in one dtype, so that the reference sees the same
-                part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.bfloat16, device=device))
+        for i, layer in enumerate(cache.layers):
+            for j, part in enumerate((layer.keys, layer.values)):
+                if past is None:  # drawn in one dtype, so that the reference sees the same
+                    part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.bfloat16, device=device))
+                else:
+                    part[:, :, :SEEN].copy_(past[i][j])
         kwargs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
     seen = [layer.cumulative_length for layer in kwargs["past_key_values"].layers] if case.tokens == 1 else []
 

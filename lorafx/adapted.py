@@ -8,16 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lorafx import hotswap
-from lorafx.adapters import SiteWeights
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
+from lorafx.kernels.layer_ops import rows_shape
+from lorafx.layer_kinds import describe, mark
+from lorafx.peft_tensors import all_parameters, names_on
 from lorafx.selection import Selection
-from lorafx.sites import apply_site, check_rows
+from lorafx.sites import apply_behind, check_rows
 
 
 class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which asks for nn.Module's memory layout
@@ -35,7 +39,7 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
                 return super().forward(x, *args, **kwargs)
             y = self.base_layer(x, *args, **kwargs)
-            return torch.ops.lorafx.site.default(y, x, self._lorafx_bank.key, self._lorafx_site)
+            return mark(self.base_layer, y, x, self._lorafx_bank.key, self._lorafx_site)
         chosen = self._lorafx_bank.chosen
         if chosen is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
@@ -46,7 +50,8 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             )
         if needs_gradients(self):
             return self._with_gradients(chosen, x, *args, **kwargs)
-        return apply_site(self._lorafx_bank, self._lorafx_site, self.base_layer(x, *args, **kwargs), x)
+        y = self.base_layer(x, *args, **kwargs)
+        return apply_behind(self.base_layer, self._lorafx_bank, self._lorafx_site, y, x)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; and whoever speaks last decides, so it is marked. PEFT also calls it by itself, when adapters are
@@ -59,26 +64,49 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
 
     def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The selection row by row, through PEFT's own modules, so that every gradient is there."""
-        check_rows(self._lorafx_bank, self._lorafx_site, x, len(selection))
         y = self.base_layer(x, *args, **kwargs)
-        rows = torch.arange(x.shape[0], device=x.device) * len(selection) // x.shape[0]
+        described = describe(self.base_layer, y)
+        shape = tuple(x.shape) if described is None else rows_shape(described[1], tuple(x.shape))
+        check_rows(self._lorafx_bank, self._lorafx_site, shape, len(selection))
+        leading = x.shape[0] if len(shape) > 1 else 1
+        rows = torch.arange(leading, device=x.device) * len(selection) // leading
         result = y
         for i, row in enumerate(selection):
             mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
             for name, weight in row:
-                if name in self.lora_A:
-                    lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-                    hidden = self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))
-                    delta = lora_b(lora_a(hidden)) * (self.scaling[name] * weight)
+                if name in names_on(self):
+                    delta = self._delta(name, x) * (self.scaling[name] * weight)
                     result = result + torch.where(mine, delta, 0)
         return result.to(y.dtype)
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        """What PEFT's modules make of ``x``, not scaled yet."""
+        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+        return lora_b(lora_a(self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))))
 
 
 class AdaptedLinear(Adapted, PeftLinear):
     """PEFT's LoRA layer on a linear layer."""
 
 
-ADAPTED: dict[type[LoraLayer], type[Adapted]] = {PeftLinear: AdaptedLinear}
+class AdaptedConv2d(Adapted, PeftConv2d):
+    """PEFT's LoRA layer on a convolution."""
+
+
+class AdaptedEmbedding(Adapted, PeftEmbedding):
+    """PEFT's LoRA layer on an embedding, whose dropout PEFT never uses."""
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        delta = self._embed(x, self.lora_embedding_A[name].T) @ self.lora_embedding_B[name].T
+        scale = self._get_embed_scale()
+        return delta if scale is None else delta * scale.to(delta.dtype)
+
+
+ADAPTED: dict[type[LoraLayer], type[Adapted]] = {
+    PeftLinear: AdaptedLinear,
+    PeftEmbedding: AdaptedEmbedding,
+    PeftConv2d: AdaptedConv2d,
+}
 PLAIN = {ours: theirs for theirs, ours in ADAPTED.items()}
 
 
@@ -102,26 +130,10 @@ def release(layer: Adapted) -> None:
         vars(layer).pop(name, None)
 
 
-def weights_of(layer: LoraLayer, name: str) -> SiteWeights:
-    """The adapter ``name`` of this layer; the weights are the parameters' own memory."""
-    bias = layer.lora_B[name].bias
-    return SiteWeights(
-        layer.lora_A[name].weight.detach(),
-        layer.lora_B[name].weight.detach(),
-        None if bias is None else bias.detach(),
-        float(layer.scaling[name]),
-    )
-
-
 def needs_gradients(layer: LoraLayer) -> bool:
     """Whether PEFT's own branch has to run: its weights take part in a backward, or its dropout is active."""
     # diffusers leaves its layers in training mode; what is read while traced is guarded, and adapters come and go
     drops = layer.training and getattr(layer, "_lorafx_drops", True)
     if drops and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
         return True
-    return torch.is_grad_enabled() and any(
-        p.requires_grad
-        for part in (layer.lora_A, layer.lora_B)
-        for module in part.values()
-        for p in module.parameters()
-    )
+    return torch.is_grad_enabled() and any(p.requires_grad for p in all_parameters(layer))

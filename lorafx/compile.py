@@ -110,7 +110,7 @@ def compile(
         path, reason = next(iter(unfused.items()))
         warn_once(
             f"lorafx: {len(unfused)} layer(s) are left to PEFT, such as {path}: {reason}. lorafx.explain(model) lists"
-            " them; adapters that are plain LoRA on linear layers are fused."
+            " them; adapters that are plain LoRA on linear layers, embeddings and Conv2d are fused."
         )
     return model
 

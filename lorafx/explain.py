@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from lorafx import drawing
+from lorafx import drawing, layer_kinds
 from lorafx.backend import GraphRecord, recent
 from lorafx.errors import LorafxError
 from lorafx.footprint import Memory, Ranks, WorkTable, memory_of, ranks_in_bank, ranks_in_graph, work_of
+from lorafx.kernels import layer_ops
 from lorafx.kernels.cost import GPUS
 from lorafx.kernels.ops import choose_lowering
 from lorafx.passes.branch import Skipped
@@ -262,14 +263,20 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
 def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     """Layers of one parent and one input width: what reads the same input, as far as modules can tell."""
     buckets: dict[tuple[str, int], list[FusedBranch]] = {}
-    for site in runtime.bank.store.sites:
+    others: list[FusedGroup] = []
+    bank = runtime.bank
+    for site in bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
-        buckets.setdefault((site.parent, site.in_features), []).append(branch)
-    lowering, reason = choose_lowering(runtime.bank.lowering, runtime.bank.store.storage)
-    return [
-        FusedGroup(parent, tuple(branches), lowering, "routed_lora", reason)
-        for (parent, _), branches in buckets.items()
-    ]
+        layer = runtime.root.get_submodule(site.name)
+        kind = layer_kinds.kind_of(getattr(layer, "base_layer", layer))
+        if kind is None:
+            buckets.setdefault((site.parent, site.in_features), []).append(branch)
+        else:
+            lowering, reason = layer_ops.choose_lowering(bank.lowering)
+            others.append(FusedGroup(site.parent, (branch,), lowering, f"routed_{kind}", reason))
+    lowering, reason = choose_lowering(bank.lowering, bank.store.storage)
+    linear = [FusedGroup(parent, tuple(b), lowering, "routed_lora", reason) for (parent, _), b in buckets.items()]
+    return [*linear, *others]
 
 
 def _alike(groups: Iterable[FusedGroup], layer: str) -> int:

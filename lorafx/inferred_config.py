@@ -19,8 +19,8 @@ def infer_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig
     """Ranks from shapes; alpha = rank, as diffusers and kohya take it where a file says nothing."""
     ranks = {}
     for key, shape in shapes.items():
-        head, mark, _ = key.partition(".lora_A")
-        if mark and len(shape) == 2:
+        head, mark, _ = key.replace(".lora_embedding_A", ".lora_A").partition(".lora_A")
+        if mark and len(shape) in (2, 4):
             ranks[head.removeprefix("base_model.model.").removeprefix("base_model.")] = shape[0]
     if not ranks:
         raise AdapterFormatError(

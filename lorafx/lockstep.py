@@ -23,9 +23,8 @@ from torch.utils import _pytree as pytree
 
 from lorafx.passes.attach_inputs import KEY
 from lorafx.passes.graph_reading import TRACED, traced_name
-from lorafx.passes.group_markers import SITE
 from lorafx.passes.record import STANDS_FOR, StandIn
-from lorafx.probe_bank import ProbeBank
+from lorafx.probe_bank import SITES, ProbeBank
 from lorafx.probe_inputs import rms
 
 VISIBLE = 4  # what is added is at least so many times as large as what may differ
@@ -71,10 +70,10 @@ class _Run(fx.Interpreter):
 
     def site(self, node: fx.Node) -> tuple[Tensor, Tensor | None]:
         """The sum at a marker, and what was added; a marker that is none of ours adds nothing, in both runs."""
-        y, x, *_ = self.values_of(node)
+        y, *rest = self.values_of(node)
         if self.sites is None or not self.sites.knows(node):
             return y.clone(), None
-        delta = self.sites.delta(node.args[3], y, x)
+        delta = self.sites.delta(node, y, *rest)
         return (y.double() + delta).to(y.dtype), delta
 
 
@@ -103,14 +102,17 @@ class Traced(_Run):
         one, y = self._sums.get(node.name), None
         if one is not None and one.y:
             y = next(self.env[arg] for arg in node.all_input_nodes if arg.name == one.y).clone()  # it may be written to
-        if node.target is SITE:
+        if node.target in SITES:
             value, delta = self.site(node)
             y = self.values_of(node)[0]
         else:
             value = super().run_node(node)
             delta = value.double() - y.double() if y is not None else None
         if isinstance(value, Tensor) and value.is_floating_point():
-            self._kinds[node.name] = value.dtype, value.shape[-1] if value.dim() else 1
+            width = value.shape[-1] if value.dim() else 1
+            if self.sites is not None and self.sites.knows(node):
+                width = max(width, self.sites.in_features(node))
+            self._kinds[node.name] = value.dtype, width
         if one is not None and delta is not None:
             self._sizes[one.out] = (_rows(value) + _rows(delta), rms(delta), rms(y), self._bound(one, node, value))
         if node.name in self._results or node.name in self._readers:
@@ -149,9 +151,9 @@ class Rewritten(_Run):
     def run_node(self, node: fx.Node) -> Any:
         if KEY in node.meta:
             return self.sites.inputs(node)
-        if node.target is SITE:
+        if node.target in SITES:
             return self.site(node)[0]
-        if GROUP in node.meta:
+        if GROUP in node.meta and STANDS_FOR not in node.meta:
             try:
                 return super().run_node(node)
             except Exception as error:  # whatever a wrong rewrite may lead to
@@ -169,10 +171,10 @@ class Rewritten(_Run):
         return copied(truth)
 
     def _judge(self, one: StandIn, node: fx.Node) -> Any:
-        got = self.env[node.args[0]]
+        failed = next((v for v in map(self.env.get, node.all_input_nodes) if isinstance(v, Exception)), None)
         try:
-            got = got if isinstance(got, Exception) else super().run_node(node)
-        except IndexError as error:
+            got = failed or super().run_node(node)
+        except Exception as error:  # whatever a wrong rewrite may lead to
             got = error
         truth = self._truths.get(one.out)
         if truth is None:

@@ -19,9 +19,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.adapted import is_supported, weights_of
+from lorafx.adapted import is_supported
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
+from lorafx.layer_kinds import why_not
+from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -67,32 +69,44 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
             skipped[path] = f"{', '.join(kinds)} is not fused yet"
         elif module.merged:
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
+        elif reason := why_not(module.get_base_layer()):
+            skipped[path] = f"{reason} is not fused yet"
         else:
             layers[path] = module
     main = dtype_of(layers)
-    for path in [path for path, layer in layers.items() if any(p.dtype != main for p in _parameters(layer))]:
+    for path in [path for path, layer in layers.items() if any(p.dtype != main for p in all_parameters(layer))]:
         skipped[path] = f"its adapter is not in {main}, as those of other layers are"
+        del layers[path]
+    for path in tied_layers(layers):
+        skipped[path] = "its adapter is that of another layer, turned (ensure_weight_tying)"
         del layers[path]
     return layers, skipped
 
 
+def tied_layers(layers: dict[str, PeftLinear]) -> list[str]:
+    """Those whose parameters share memory with another layer's: the bank would have to move both at once."""
+    of_address: dict[int, set[str]] = {}
+    for path, layer in layers.items():
+        for parameter in all_parameters(layer):
+            if parameter.device.type != "meta":
+                of_address.setdefault(parameter.data_ptr(), set()).add(path)
+    tied = set().union(*(paths for paths in of_address.values() if len(paths) > 1))
+    return [path for path in layers if path in tied]
+
+
 def dtype_of(layers: dict[str, PeftLinear]) -> torch.dtype | None:
     """The widest dtype of their adapters; None where there are none."""
-    dtypes = {p.dtype for layer in layers.values() for p in _parameters(layer)}
+    dtypes = {p.dtype for layer in layers.values() for p in all_parameters(layer)}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=None)
-
-
-def _parameters(layer: PeftLinear) -> Iterator[nn.Parameter]:
-    for part in (layer.lora_A, layer.lora_B):
-        for module in part.values():
-            yield from module.parameters()
 
 
 def adapters_on(layers: dict[str, PeftLinear]) -> list[AdapterWeights]:
     """The adapters that stand on these layers; the weights are the parameters themselves."""
-    names = dict.fromkeys(name for layer in layers.values() for name in layer.lora_A)
+    names = dict.fromkeys(name for layer in layers.values() for name in names_on(layer))
     return [
-        AdapterWeights(name, {path: weights_of(layer, name) for path, layer in layers.items() if name in layer.lora_A})
+        AdapterWeights(
+            name, {path: weights_of(layer, name) for path, layer in layers.items() if name in names_on(layer)}
+        )
         for name in names
     ]
 
@@ -110,19 +124,16 @@ def share_memory(layers: dict[str, PeftLinear], bank: AdapterBank, names: Iterab
     """Make the parameters of these adapters (None: all) views of the bank, which holds the same numbers."""
     for name in bank._slots if names is None else names:
         for path in bank.store.taken[bank._slots[name]]:
-            if path in layers and name in layers[path].lora_A:
-                a, b, bias = bank.store.views(bank._slots[name], path)
-                layer = layers[path]
-                layer.lora_A[name].weight.data = a
-                layer.lora_B[name].weight.data = b
-                if bias is not None:
-                    layer.lora_B[name].bias.data = bias
+            if path in layers and name in names_on(layers[path]):
+                views = dict(zip(("A", "B", "bias"), bank.store.views(bank._slots[name], path), strict=True))
+                for role, parameter in parameters_of(layers[path], name).items():
+                    parameter.data = shaped(views[role], parameter)
 
 
 def own_memory(layers: dict[str, PeftLinear]) -> None:
     """Undo ``share_memory``: every parameter gets memory of its own."""
     for layer in layers.values():
-        for parameter in _parameters(layer):
+        for parameter in all_parameters(layer):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
@@ -131,7 +142,8 @@ class ContiguousStateDict:
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key, value in state.items():
-            if ".lora_B." in key and isinstance(value, Tensor) and not value.is_contiguous():
+            ours = ".lora_B." in key or ".lora_embedding_B." in key
+            if ours and isinstance(value, Tensor) and not value.is_contiguous():
                 state[key] = value.contiguous()
 
 
@@ -151,10 +163,10 @@ def active_names(layers: dict[str, PeftLinear]) -> tuple[tuple[str, ...], str | 
     active: dict[str, None] = {}
     effective = []
     for layer in layers.values():
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        names = [name for name in layer.active_adapters if name in names_on(layer)]
         active.update(dict.fromkeys(names))
         effective.append((layer, names))
-    if any(len(names) != sum(name in layer.lora_A for name in active) for layer, names in effective):
+    if any(len(names) != sum(name in names_on(layer) for name in active) for layer, names in effective):
         return (), "layers differ in which adapters are active (set_adapter() ends that)"
     return tuple(active), None
 
@@ -184,8 +196,8 @@ class ForwardHooks:
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
             warn_once(
                 f"lorafx: adapter_names on a model with {len(self.runtime.unfused)} layer(s) that are left to PEFT:"
-                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers are"
-                " compiled."
+                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers,"
+                " embeddings and Conv2d are compiled."
             )
             with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
                 yield

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafx.adapters import AdapterWeights
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
+from lorafx.peft_tensors import parameters_of, shaped
 from lorafx.reading import AdapterReader
 
 if TYPE_CHECKING:
@@ -72,10 +73,9 @@ class PeftLoader:
                 layer = self.root.get_submodule(path)
                 layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode
                 layer.scaling[name] = site.scale  # of weights that come without a config, to the bit
-                layer.lora_A[name].weight.copy_(site.a)
-                layer.lora_B[name].weight.copy_(site.b)
-                if site.bias is not None:
-                    layer.lora_B[name].bias.copy_(site.bias)
+                tensors = {"A": site.a, "B": site.b, "bias": site.bias}
+                for role, parameter in parameters_of(layer, name).items():
+                    parameter.copy_(shaped(tensors[role], parameter))
 
     def _check_is_peft_model(self) -> None:
         if not isinstance(self.model, PeftModel):

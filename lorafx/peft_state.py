@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafx.peft_tensors import has_bare_parameters
+
 
 class PeftState:
     """A record of everything that PEFT's verbs, and moves of weights, change on ``layers``, which are in ``root``.
@@ -22,12 +24,15 @@ class PeftState:
         self._way = _way_to(root, next(iter(layers)))
         self._layers = [vars(layer) for layer in layers.values()]
         self._tables = [part._modules for layer in layers.values() for part in (layer.lora_A, layer.lora_B)]
+        embeddings = [layer for layer in layers.values() if has_bare_parameters(layer)]
+        self._bare = [part._parameters for e in embeddings for part in (e.lora_embedding_A, e.lora_embedding_B)]
         self._modules = self._read_modules()
         self._parameters: dict[str, list[dict[str, Any]]] = {}
         for table in self._tables:
             for name, module in table.items():
                 self._parameters.setdefault(name, []).append(module._parameters)
-        self._addresses = {name: self._read_addresses(name) for name in self._parameters}
+        names = dict.fromkeys(chain(self._parameters, *self._bare))
+        self._addresses = {name: self._read_addresses(name) for name in names}
         self._scales = self._read_scales()
         # those that hotswapping made tensors are filled in place; reading their value would wait for the device
         self._tensors = [scale for scale in self._scales if isinstance(scale, Tensor)]
@@ -61,7 +66,7 @@ class PeftState:
         return (
             self.attached()
             and list(self._read_names()) == self._names
-            and self._read_modules() == self._modules
+            and _same_objects(self._read_modules(), self._modules)
             and _same_objects(self._read_scales(), self._scales)
             and self._read_versions() == self._versions
             and all(self._read_addresses(name) == self._addresses[name] for name in names if name in self._addresses)
@@ -77,8 +82,8 @@ class PeftState:
     def _read_names(self) -> Iterable[str]:
         return self._root.get("peft_config", ())
 
-    def _read_modules(self) -> list[nn.Module]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+    def _read_modules(self) -> list[nn.Module | nn.Parameter]:
+        return list(chain.from_iterable(map(dict.values, chain(self._tables, self._bare))))
 
     def _read_scales(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._read("scaling"))))
@@ -87,9 +92,10 @@ class PeftState:
         return [scale._version for scale in self._tensors]
 
     def _read_addresses(self, name: str) -> list[int]:
-        parameters = self._parameters[name]
+        parameters = self._parameters.get(name, ())
         biases = [each["bias"] for each in parameters if each.get("bias") is not None]
-        return list(map(Tensor.data_ptr, [each["weight"] for each in parameters] + biases))
+        bare = [each[name] for each in self._bare if name in each]
+        return list(map(Tensor.data_ptr, [each["weight"] for each in parameters] + biases + bare))
 
 
 def _way_to(root: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorafx.adapters import SiteShape, SiteWeights
 from lorafx.errors import AdapterMismatchError
 from lorafx.packing_files import Packing, packing_of
+from lorafx.peft_tensors import flattened
 from lorafx.skeletons import Loaded, lora_parameters, weights_on
 
 
@@ -28,7 +29,8 @@ class PlannedSite:
     shape: SiteShape
 
     def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
-        return SiteWeights(take(self.a), take(self.b), None if self.bias is None else take(self.bias), self.shape.scale)
+        bias = None if self.bias is None else take(self.bias)
+        return SiteWeights(flattened(take(self.a)), flattened(take(self.b)), bias, self.shape.scale)
 
 
 @dataclass(frozen=True)

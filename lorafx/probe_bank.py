@@ -7,15 +7,19 @@ takes as much memory as the bank does, for as long as one graph is being validat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from lorafx.adapters import AdapterWeights, SiteWeights
 from lorafx.bank import AdapterBank
-from lorafx.kernels import reference
+from lorafx.kernels import layer_kinds, reference
+from lorafx.kernels.layer_ops import unbatched
 from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.attach_inputs import KEY, ROUTING
 from lorafx.passes.context import SiteGeometry
+from lorafx.passes.fuse_layers import LAYER_SITE, ROUTED_LAYER
 from lorafx.passes.graph_reading import example
 from lorafx.passes.group_markers import SITE
 from lorafx.passes.record import STANDS_FOR
@@ -24,6 +28,7 @@ from lorafx.probe_inputs import rms
 from lorafx.routing import MAX_PAIRS, MAX_ROWS, Pairs, make_routing
 from lorafx.store import PackedStore
 
+SITES = (SITE, LAYER_SITE)  # the last two arguments of these markers are the bank and the site
 HUGE = 1e4  # poison for lowerings that multiply idle lanes by zero; it fits into half precision
 
 
@@ -52,16 +57,22 @@ class ProbeBank:
 
     def knows(self, node: fx.Node) -> bool:
         """Whether ``node`` is the marker of a site of this bank."""
-        return node.target is SITE and node.args[2] == self.key and isinstance(node.args[3], int)
+        return node.target in SITES and node.args[-2] == self.key and isinstance(node.args[-1], int)
 
-    def delta(self, site: int, y: Tensor, x: Tensor) -> Tensor:
-        """What is to be added to ``y``, in float64. The first time, the site is scaled so that it is as large as y."""
-        delta = self._delta(site, y, x)
+    def in_features(self, node: fx.Node) -> int:
+        """Of the layer behind which this marker stands."""
+        return self._geometry[node.args[-1]].in_features
+
+    def delta(self, node: fx.Node, y: Tensor, x: Tensor, *kind: Any) -> Tensor:
+        """What the marker ``node`` is to add to ``y``, in float64; ``kind``: its other arguments. The first time, the
+        site is scaled so that it is as large as y."""
+        site = node.args[-1]
+        delta = self._delta_of(node, y, x, *kind)
         if site not in self._calibrated:
             self._calibrated.add(site)
             if (size := rms(delta)) and (wanted := rms(y)):
                 self.store.scale[:, self._geometry[site].column] *= wanted / size
-                delta = self._delta(site, y, x)
+                delta = self._delta_of(node, y, x, *kind)
         return delta
 
     def poison(self, gm: fx.GraphModule) -> None:
@@ -69,13 +80,29 @@ class ProbeBank:
         lenient = set()  # sites whose lowering multiplies what it does not want by zero
         for node in gm.graph.nodes:
             stand_in = node.meta.get(STANDS_FOR)
-            if stand_in is not None and node.args[0].target is ROUTED and not _reads_live_rows_alone(node):
+            if stand_in is None:
+                continue
+            if node.target is ROUTED_LAYER or (node.args[0].target is ROUTED and not _reads_live_rows_alone(node)):
                 lenient.add(stand_in.name)
         for i, site in enumerate(self._geometry):
             tensors = self.store.site_tensors(i)
             free = tensors["owner"] < 0
             tensors["a"][free[: site.capacity]] = torch.nan
             tensors["b"][free] = HUGE if site.name in lenient else torch.nan
+
+    def _delta_of(self, node: fx.Node, y: Tensor, x: Tensor, *kind: Any) -> Tensor:
+        site = node.args[-1]
+        return self._delta(site, y, x) if node.target is SITE else self._delta_of_layer(site, y, x, *kind[:3])
+
+    def _delta_of_layer(
+        self, site: int, y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int]
+    ) -> Tensor:
+        """The layer taken for a linear one, as the reference lowering takes it."""
+        if unbatched(kind, x):
+            return self._delta_of_layer(site, y[None], x[None], factor, kind, window)[0]
+        as_y, as_x = layer_kinds.as_linear(kind, y, x, window, self._geometry[site].in_features)
+        delta = self._delta(site, as_y, as_x) * (1.0 if factor is None else factor.double())
+        return layer_kinds.from_linear(kind, delta, y.double())
 
     def _delta(self, site: int, y: Tensor, x: Tensor) -> Tensor:
         """Rows that the routing treats alike are one row to the reference, which goes through them one by one."""
@@ -152,4 +179,4 @@ def _reads_live_rows_alone(out: fx.Node) -> bool:
     return lowering in ("triton", "reference") or (lowering == "cpp" and y.dtype == x.dtype)
 
 
-__all__ = ["ProbeBank"]
+__all__ = ["SITES", "ProbeBank"]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
@@ -25,6 +24,7 @@ from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.formats.base import Base, base_of
 from lorafx.inferred_config import config_of_shapes
+from lorafx.layer_kinds import why_not, widths_of
 from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
 from lorafx.skeletons import check_base, load_onto, skeleton, weights_on
@@ -197,7 +197,7 @@ def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape]) -> N
     for path, shape in sites.items():
         if not _fits(root, path, shape):
             raise AdapterMismatchError(
-                f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a linear layer {path!r} from"
+                f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a layer {path!r} from"
                 f" {shape.in_features} to {shape.out_features} features, which the model has not. Is it an adapter of"
                 " another model?"
             )
@@ -210,9 +210,7 @@ def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
     except AttributeError:
         return False
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if isinstance(base, nn.Embedding):
-        return False
-    return _get_in_out_features(base) == (shape.in_features, shape.out_features)
+    return widths_of(base) == (shape.in_features, shape.out_features) and why_not(base) is None
 
 
 def _check_prefixes(name: str, keys: Iterable[str]) -> None:

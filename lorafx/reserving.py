@@ -10,6 +10,7 @@ from torch import nn
 from lorafx import peft_layers
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.layer_kinds import why_not, widths_of
 from lorafx.store import PackedStore, Site
 
 
@@ -106,12 +107,12 @@ def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> lis
 
 
 def linear_shape(module: nn.Module, path: str) -> tuple[int, int]:
-    """(in, out) of a linear layer, whatever class it is of."""
-    from peft.tuners.tuners_utils import _get_in_out_features
-
-    with_shape = _get_in_out_features(module) if not isinstance(module, nn.Embedding) else (None, None)
-    if not isinstance(with_shape[0], int):
+    """(in, out) of a layer that can be adapted, whatever class it is of."""
+    reason = why_not(module)
+    widths = widths_of(module) if reason is None else None
+    if widths is None:
         raise UnsupportedModelError(
-            f"{path} is a {type(module).__name__}, no linear layer; room can't be reserved there"
+            f"{path} is {reason or f'a {type(module).__name__}'}, no layer that lorafx adapts; room can't be reserved"
+            " there"
         )
-    return with_shape
+    return widths

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
+from lorafx.kernels.layer_ops import rows_shape, set_layer_site_forward
 from lorafx.kernels.ops import set_site_forward
+from lorafx.layer_kinds import describe, mark
 
 
 class SiteHook:
@@ -23,8 +25,8 @@ class SiteHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            return torch.ops.lorafx.site.default(output, x, self.bank.key, self.site)
-        return apply_site(self.bank, self.site, output, x)
+            return mark(module, output, x, self.bank.key, self.site)
+        return apply_behind(module, self.bank, self.site, output, x)
 
 
 class RefuseNames:
@@ -60,7 +62,7 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
     routing = bank.routing()
     if routing.idle:
         return y
-    check_rows(bank, site, x, len(routing.rows))
+    check_rows(bank, site, tuple(x.shape), len(routing.rows))
     tensors = bank.store.site_tensors(site)
     return torch.ops.lorafx.routed_lora(
         [y],
@@ -79,9 +81,43 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
     )[0]
 
 
-def check_rows(bank: AdapterBank, site: int, x: Tensor, rows: int) -> None:
-    """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of ``x`` is not known to be rows"""
-    if rows > 1 and (reason := rows_unknown(tuple(x.shape), rows, bank.batch)):
+def apply_behind(layer: nn.Module, bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
+    """``apply_site`` behind a layer of any kind: ``y`` and ``x`` are shaped as the layer has them."""
+    described = describe(layer, y)
+    return apply_site(bank, site, y, x) if described is None else _apply_to_layer(bank, site, y, x, *described)
+
+
+def _apply_to_layer(
+    bank: AdapterBank, site: int, y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int]
+) -> Tensor:
+    routing = bank.routing()
+    if routing.idle:
+        return y
+    check_rows(bank, site, rows_shape(kind, tuple(x.shape)), len(routing.rows))
+    tensors = bank.store.site_tensors(site)
+    return torch.ops.lorafx.routed_layer(
+        y,
+        x,
+        factor,
+        kind,
+        window,
+        tensors["a"],
+        tensors["b"],
+        routing.slots,
+        routing.weights,
+        routing.count,
+        tensors["owner"],
+        tensors["scale"],
+        tensors["windows"],
+        None,
+        bank.lowering,
+    )
+
+
+def check_rows(bank: AdapterBank, site: int, shape: tuple[int, ...], rows: int) -> None:
+    """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of an input of this shape is not
+    known to be rows"""
+    if rows > 1 and (reason := rows_unknown(shape, rows, bank.batch)):
         raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
 
 
@@ -110,4 +146,11 @@ def _marker_forward(y: Tensor, x: Tensor, key: int, site: int) -> Tensor:
     return apply_site(bank_of(key), site, y, x)
 
 
+def _layer_marker_forward(
+    y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int], key: int, site: int
+) -> Tensor:
+    return _apply_to_layer(bank_of(key), site, y, x, factor, kind, window)
+
+
 set_site_forward(_marker_forward)
+set_layer_site_forward(_layer_marker_forward)

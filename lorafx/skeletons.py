@@ -24,9 +24,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lorafx.adapted import is_supported, weights_of
+from lorafx.adapted import is_supported
 from lorafx.adapters import SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.layer_kinds import why_not
+from lorafx.peft_tensors import parameters_of, weights_of
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
@@ -76,7 +78,7 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
 
     The tensors are put there as they are: of meta tensors nothing but where they went can be seen.
 
-    AdapterFormatError: it adapts other than linear layers. AdapterMismatchError: does not fit the model.
+    AdapterFormatError: it adapts layers that lorafx does not run. AdapterMismatchError: does not fit the model.
     """
     config = copy.deepcopy(config)
     config.inference_mode = True
@@ -151,7 +153,13 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
             if not is_supported(module) or NAME in module.lora_variant:
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
-                    " on linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
+                    " on linear layers, embeddings and Conv2d. Load it with PEFT and pass the PeftModel: that layer"
+                    " then stays as PEFT has it."
+                )
+            if reason := why_not(module.get_base_layer()):
+                raise AdapterFormatError(
+                    f"adapter {name!r} adapts {path}, {reason}; lorafx does not run that. Load it with PEFT and pass"
+                    " the PeftModel: that layer then stays as PEFT has it."
                 )
             layers[path] = module
     if not layers:
@@ -162,9 +170,7 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
 def lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], nn.Parameter]:
     found = {}
     for path, layer in layers.items():
-        found[path, "A"], found[path, "B"] = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        if layer.lora_B[NAME].bias is not None:
-            found[path, "bias"] = layer.lora_B[NAME].bias
+        found.update({(path, role): parameter for role, parameter in parameters_of(layer, NAME).items()})
     return found
 
 

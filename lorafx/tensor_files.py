@@ -167,7 +167,7 @@ def check_names(name: str, keys: Any) -> None:
 
 
 def check_kind(name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype | None, got: Any) -> None:
-    """AdapterFormatError: neither a weight of LoRA on a linear layer nor, in some formats, its alpha in one number
+    """AdapterFormatError: neither a weight that LoRA may have nor, in some formats, its alpha in one number
 
     dtype: None where it is none that weights have; got: what it is then
     """
@@ -178,10 +178,10 @@ def check_kind(name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype |
             f"adapter {name!r}: {key!r} is of dtype {getattr(got, 'dtype', got)}; expected float64, float32, float16 or"
             " bfloat16. Quantized adapters have to be dequantized first."
         )
-    if len(shape) not in (1, 2) or 0 in shape:
+    if len(shape) not in (1, 2, 4) or 0 in shape:
         raise AdapterFormatError(
-            f"adapter {name!r}: {key!r} has shape {list(shape)[:8]}; expected a matrix (a bias: a vector) that is not"
-            " empty. lorafx runs LoRA on linear layers: load others with PEFT and pass the PeftModel."
+            f"adapter {name!r}: {key!r} has shape {list(shape)[:8]}; expected a matrix (a bias: a vector, Conv2d:"
+            " four dimensions) that is not empty. Load LoRA on other layers with PEFT and pass the PeftModel."
         )
 
 

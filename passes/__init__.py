@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from torch import fx
 from torch._dynamo.utils import counters
 
-import lorafx.kernels.ops  # noqa: F401  (defines the ops that the passes look for and put)
+import lorafx.kernels.layer_ops
+import lorafx.kernels.ops  # noqa: F401
 from lorafx.passes.clean_up import clean_up
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
+from lorafx.passes.fuse_layers import fuse_layers
 from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
@@ -34,6 +36,7 @@ FIND = (
 )
 REWRITE = (
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
+    fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     share_routing,  # one lorafx.row_weights for all groups
     clean_up,
@@ -49,6 +52,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     layer = first_layer(gm, context)
     before = sketch_layer(gm, context, layer) if layer is not None else None
     _run(REWRITE, gm, context)
+    gm.graph.lint()
+    gm.recompile()
     if before is not None:
         context.record.sketches = before, sketch_layer(gm, context, layer)
     context.record.after = count_ops(gm.graph)

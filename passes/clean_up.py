@@ -1,4 +1,4 @@
-"""Removes what a rewrite left without users, checks the graph and makes its code anew."""
+"""Removes what a rewrite left without users."""
 
 from __future__ import annotations
 
@@ -46,8 +46,6 @@ def clean_up(gm: fx.GraphModule, context: object = None) -> int:
     """Returns how many nodes were removed."""
     before = len(gm.graph.nodes)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: not _is_removable(gm, node))
-    gm.graph.lint()
-    gm.recompile()
     return before - len(gm.graph.nodes)
 
 

@@ -22,7 +22,7 @@ from torch import fx
 from lorafx.kernels.ops import choose_lowering, resolve_lowering
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import KEPT_META, example, traced_name
+from lorafx.passes.graph_reading import KEPT_META, example, size_hint, traced_name
 from lorafx.passes.group_markers import SITE, Group, group_markers
 from lorafx.passes.record import STANDS_FOR, FusedBranch, FusedGroup, StandIn
 
@@ -110,7 +110,7 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     _record(context, "routed_lora", first.parent, x, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
         for site in sites:
-            context.record.shapes[site.name] = tuple(_hint(size) for size in value.shape)
+            context.record.shapes[site.name] = tuple(size_hint(size) for size in value.shape)
     return gm.graph.call_function(
         torch.ops.lorafx.routed_lora.default,
         (
@@ -160,12 +160,7 @@ def _stand_in(marker: fx.Node, context: PassContext) -> StandIn | None:
 
 def _rank(marker: fx.Node) -> int | None:
     matrix = example(marker.args[2])
-    return None if matrix is None else _hint(matrix.shape[0])
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """The size that the graph was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return None if matrix is None else size_hint(matrix.shape[0])
 
 
 def _site_branch(site: SiteGeometry) -> FusedBranch:

@@ -65,6 +65,11 @@ def example(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size that the graph was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 

@@ -31,13 +31,17 @@ class Values:
         self._values: dict[fx.Node, Any] = {}
         self._storages: dict[fx.Node, frozenset[int]] = {}
         given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        alike: dict[Any, Any] = {}  # windows of one tensor and of one size: only their place in it differs
         for node in gm.graph.nodes:
             if "example_value" in node.meta:
                 self._values[node] = node.meta["example_value"]
             elif node in given:
                 self._values[node] = given[node]
             elif node.op == "call_function":
-                self._values[node] = self._run(node, mode)
+                key = _size_of_view(node) if is_bank_view(node) else node
+                if key not in alike:
+                    alike[key] = self._run(node, mode)
+                self._values[node] = alike[key]
         # two placeholders may be views of one tensor: the real ones say so where the fake ones don't
         for node, value in given.items():
             if isinstance(value, Tensor):
@@ -74,6 +78,16 @@ def is_bank_view(node: fx.Node) -> bool:
     base, *constants = node.args
     wanted = base.meta.get(KEY) if isinstance(base, fx.Node) else None
     return wanted is not None and wanted.name not in ROUTING and not any(_has_node(arg) for arg in constants)
+
+
+def _size_of_view(node: fx.Node) -> tuple[Any, ...]:
+    """What two windows have in common that differ in their place alone."""
+    base, *constants = node.args
+    if node.target is torch.narrow:
+        dim, _, length = constants
+        return node.target, base, dim, length
+    size, stride, _ = constants
+    return node.target, base, size, stride
 
 
 def _has_node(arg: Any) -> bool:

@@ -10,9 +10,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tests.integration import test_errors, test_families, test_generate, test_peft_verbs
+from tests.integration import (
+    test_convolutions,
+    test_embeddings,
+    test_errors,
+    test_families,
+    test_generate,
+    test_left_to_peft,
+    test_peft_verbs,
+)
 from tests.integration.models import FAMILIES
-from tests.kernels import cases
+from tests.kernels import cases, test_layer_ops
 from tests.passes import test_left_alone, test_spellings
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -58,7 +66,14 @@ def calls() -> str:
             ("done to a compiled PeftModel, without a new trace, each as plain PEFT does it", listed(verbs)),
             ("hotswap_adapter, by", listed(test_peft_verbs.SWAPS)),
             ("generate with names row by row, token for token as PEFT", listed(test_generate.WAYS)),
+            ("LoRA on embeddings, one adapter and row by row", listed(test_embeddings.CASES)),
+            ("LoRA on positions, one adapter for the batch", listed(test_embeddings.POSITIONS)),
+            ("LoRA on convolutions, as the ops", listed(test_layer_ops.WINDOWS)),
             ("left to PEFT, bit for bit, and reported", listed(test_errors.KINDS)),
+            (
+                "left to PEFT, and refused by name from a file",
+                listed({**test_convolutions.LEFT, **test_left_to_peft.KINDS}),
+            ),
             ("ranks of the siblings of a group, in each lowering", listed(cases.RANKS)),
         ],
     )

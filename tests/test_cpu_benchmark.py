@@ -87,7 +87,8 @@ def test_a_case_is_measured(base):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_merged_weights_take_part_where_there_is_one_adapter(base, tokens):
     forward = Case(1, tokens, (8,), ALL, cache=96)
-    reference, workshop = Reference(base, forward), Workshop(base, inductor=False)
+    workshop = Workshop(base, inductor=False)
+    reference = Reference(workshop, forward)
     for kind in (MERGED, LORAFX, PEFT):
         entry = Entry(kind, kind, forward)
         assert reference.check(entry, workshop.make(entry).step()) < 1e-5
@@ -95,8 +96,8 @@ def test_merged_weights_take_part_where_there_is_one_adapter(base, tokens):
 
 @pytest.mark.parametrize("kind", [LORAFX, IDLE, BASE])
 def test_what_computes_something_else_is_not_timed(base, kind):
-    reference, entry = Reference(base, MIXED), Entry(kind, kind, MIXED)
-    good = Workshop(base, inductor=False).make(entry).step()
+    workshop, entry = Workshop(base, inductor=False), Entry(kind, kind, MIXED)
+    reference, good = Reference(workshop, MIXED), workshop.make(entry).step()
     assert reference.check(entry, good) < 1e-5
     for wrong in (good.roll(1, dims=0), good * 1.001, torch.cat([good[:2], good[2:] * float("nan")])):
         with pytest.raises(ContenderError, match=kind):
@@ -110,8 +111,8 @@ def test_what_computes_something_else_is_not_timed(base, kind):
 def test_one_lost_adapter_is_seen(dtype):
     base = load_base("tiny", None, dtype)
     entry = Entry(LORAFX, LORAFX, visible(MIXED, base))
-    reference = Reference(base, entry.forward)
-    model = Workshop(base, inductor=False).make(entry)
+    workshop = Workshop(base, inductor=False)
+    reference, model = Reference(workshop, entry.forward), workshop.make(entry)
     reference.check(entry, model.step())
     one_lost = model.step(adapter_names=["a0", "a1", None])
     with pytest.raises(ContenderError):
@@ -128,7 +129,7 @@ def test_adapters_that_change_nothing_are_refused(base, monkeypatch):
 
     monkeypatch.setattr("benchmarks.cpu_contenders.with_adapters", silent)
     with pytest.raises(ContenderError, match="too little"):
-        Reference(base, MIXED)
+        Reference(Workshop(base), MIXED)
 
 
 def test_bytes_of_an_adapter(base):

@@ -23,7 +23,14 @@ PREFIX = "base_model.model."
 USUAL_SCALES = 1 / 32, 32  # alpha / rank; most are 1 or 2
 EXAMPLES = 3
 TRIES_LIMIT = 1 << 22  # of a pattern of the config on a name
-PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
+BASE = ".base_layer.weight"  # PEFT saves that of an adapted embedding or output head too
 
 
 @dataclass
@@ -35,18 +42,19 @@ class Layer:
     alpha: float
     scale: float
     shapes: dict[str, tuple[int, ...]]
+    keys: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
 
     @property
     def rank(self) -> int:
-        return self.shapes["A"][0] if "A" in self.shapes else self.shapes["B"][-1]
+        return self.shapes["A"][0] if "A" in self.shapes else self.shapes["B"][1]
 
     @property
     def features(self) -> str:
-        """in->out"""
+        """in->out; of a convolution channelsxheightxwidth->out"""
         a, b = self.shapes.get("A"), self.shapes.get("B")
-        return f"{a[1] if a else '?'}->{b[0] if b else '?'}"
+        return f"{'x'.join(map(str, a[1:])) if a else '?'}->{b[0] if b else '?'}"
 
 
 @dataclass
@@ -125,8 +133,8 @@ def read_contents(path: Path) -> Contents:
     contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
     contents.problems += _wrong_shapes(layers)
     if others:
-        text = f"{len(others)} tensor(s) that are no LoRA weights of a linear layer, such as {_some(others[:1])}"
-        if features:  # which bring tensors of their own
+        text = f"{len(others)} tensor(s) that are no LoRA weights, such as {_some(others[:1])}"
+        if features or all(key.endswith(BASE) for key in others):  # which bring tensors of their own
             contents.notes.append(text)
         else:
             contents.problems.append(text)
@@ -144,13 +152,13 @@ def _sort(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> tuple[di
     others = []
     for key, shape in shapes.items():
         end = next((end for end in PARTS if key.endswith(end)), None)
-        if end is None or len(shape) != (1 if PARTS[end] == "bias" else 2):
+        if end is None or len(shape) not in ((1,) if PARTS[end] == "bias" else (2, 4)):
             others.append(key)
             continue
         path = key.removesuffix(end).removeprefix(PREFIX)
         if path not in layers:
             layers[path] = Layer(path, *_from_config(path, config), {})
-        layers[path].shapes[PARTS[end]] = shape
+        layers[path].shapes[PARTS[end]], layers[path].keys[PARTS[end]] = shape, key
     return layers, others
 
 
@@ -183,11 +191,8 @@ def _look_at_numbers(contents: Contents, tensors: TensorSet, others: list[str]) 
     for key in others:
         if not torch.isfinite(tensors.take(key)).all():
             damaged.append(key)
-    ends = {part: end for end, part in PARTS.items()}
-    keys = {key.removeprefix(PREFIX): key for key in tensors.shapes}
     for path, layer in contents.layers.items():
-        for part in layer.shapes:
-            key = keys[path + ends[part]]
+        for part, key in layer.keys.items():
             tensor = tensors.take(key)
             layer.dtypes[part] = str(tensor.dtype).removeprefix("torch.")
             layer.bytes += tensor.numel() * tensor.element_size()

@@ -13,11 +13,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.pytorch_utils import Conv1D
 
+from lorafx.layer_kinds import widths_of
+
 
 @dataclass(frozen=True)
 class Base:
     """kind: the model's class, for messages
-    layers: of every module, by path: (in, out) features where it is linear, else None
+    layers: of every module, by path: (in, out) features where it is linear or Conv2d (``widths_of``), else None
     prefixes: what names of modules may begin with in older files, in front of the path: transformers' own list
     config: the model's; None where it has none
     """
@@ -73,8 +75,4 @@ def _prefixes(model: nn.Module) -> Iterator[str]:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)
-    return None
+    return widths_of(module) if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)) else None

@@ -89,10 +89,11 @@ def _rank(name: str, path: str, layer: Layer, shapes: Mapping[str, tuple[int, ..
             " matrices. The file is not whole: download it again."
         )
     a, b = shapes[layer.a], shapes[layer.b]
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+    convolution = len(a) == len(b) == 4 and tuple(b[2:]) == (1, 1)
+    if not (len(a) == len(b) == 2 or convolution) or a[0] != b[1]:
         raise AdapterFormatError(
             f"adapter {name!r}: {show(layer.a)} has shape {list(a)[:8]} and {show(layer.b)} has {list(b)[:8]};"
-            " expected [rank, in] and [out, rank]."
+            " expected [rank, in] and [out, rank], of a convolution [rank, in, height, width] and [out, rank, 1, 1]."
         )
     return a[0]
 

@@ -8,6 +8,7 @@ other models of the pipeline and are left out.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 from lorafx.config_fields import show
@@ -65,7 +66,7 @@ def _has_sizes(part: Part, paths: Mapping[str, str], base: Base, shapes: Mapping
         sizes = base.layers[paths[name]]
         if sizes is None or layer.a is None or layer.b is None:
             return False
-        if (shapes[layer.a][-1:], shapes[layer.b][:1]) != ((sizes[0],), (sizes[1],)):
+        if (math.prod(shapes[layer.a][1:]), shapes[layer.b][:1]) != (sizes[0], sizes[1:]):
             return False
     return True
 

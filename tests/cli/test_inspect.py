@@ -98,7 +98,7 @@ def test_what_does_not_belong(lorafx_command, sql, tmp_path):
 
     code, out, _ = lorafx_command("inspect", changed(sql, tmp_path / "x", change))
     assert code == 1
-    assert "1 tensor(s) that are no LoRA weights of a linear layer, such as 'base_model.model.lm_head.weight'" in out
+    assert "1 tensor(s) that are no LoRA weights, such as 'base_model.model.lm_head.weight'" in out
     assert "1 layer(s) with an A or a B only" in out
 
 

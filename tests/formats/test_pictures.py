@@ -114,8 +114,12 @@ def test_kohya_takes_the_part_that_is_for_the_model(unet, weights, text_weights,
     assert_same(deltas(other, path), wanted(other_weights))
     path = save(tmp_path / "b.safetensors", {**kohya(weights), **conv, **both})
     assert_same(deltas(text_encoder(), path), wanted(text_weights))  # what is not for it may be of any kind
-    with pytest.raises(lorafx.AdapterFormatError, match="linear layers"):
-        deltas(unet, path)
+    with_conv = {**wanted(weights), "mid_block.proj_in": torch.full((16, 16), 2.0, dtype=torch.float64)}
+    assert_same(deltas(unet, path), with_conv)
+    assert_same(deltas(unet, to_peft(path, tmp_path / "out", unet)), with_conv)
+    conv["lora_unet_mid_block_proj_in.lora_up.weight"] = torch.ones(16, 2, 3, 3)
+    with pytest.raises(lorafx.AdapterFormatError, match=r"of a convolution \[rank, in, height, width\]"):
+        deltas(unet, save(tmp_path / "e.safetensors", {**kohya(weights), **conv}))
     twins = {**kohya(text_weights, "te1", prefix="text_model_"), **kohya(text_weights, "te2", prefix="text_model_")}
     with pytest.raises(lorafx.AdapterMismatchError, match="'te1', 'te2' are all layers"):
         deltas(text_encoder(), save(tmp_path / "c.safetensors", twins))

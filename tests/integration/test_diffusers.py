@@ -11,6 +11,7 @@ import lorafx
 from .models import EAGER_GRAPH, assert_close, difference
 
 diffusers = pytest.importorskip("diffusers", reason="the diffusers package is not installed")
+CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "conv"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -102,9 +103,39 @@ def test_scale_of_a_list_of_rows():
     assert_close(sample(model, 0.3)[0], base[0], 1e-12)
 
 
+def test_convolutions(base):
+    """All that kohya's and LyCORIS' "conv" targets: one graph, whatever the adapter and the scale."""
+    model, reference = (unet([*ATTENTION, *CONVOLUTIONS], ["conv_in", "to_k"]) for _ in range(2))
+    lorafx.compile(model, options=EAGER_GRAPH)
+    for names, weights in ((["a"], [1.0]), (["a", "b"], [0.5, -0.7])):
+        for each in (model, reference):
+            each.set_adapters(names, weights)
+        for scale in (None, 0.4):
+            assert_same_delta(model, reference, base, scale)
+    report = lorafx.explain(model)
+    assert not report.skipped
+    assert len(report.graphs) == 1
+    assert sum(group.op == "routed_conv2d" for group in report.groups) >= 10
+
+
+def test_files_with_convolutions(base, tmp_path):
+    """diffusers' own file on a plain model, a row of each."""
+    made = unet([*ATTENTION, *CONVOLUTIONS])
+    made.save_lora_adapter(str(tmp_path), adapter_name="a", weight_name="a.safetensors")
+    model = lorafx.compile(bare(), {"a": str(tmp_path / "a.safetensors")}, mode="eager")
+    model.lora.use([None, "a"])
+    got = sample(model)
+    assert_close(got[1] - base[1], (sample(made) - base)[1], 1e-7)
+    assert_close(got[0], base[0], 1e-12)
+
+
 def test_scale_with_layers_left_to_peft(base):
-    """A convolution's adapter is PEFT's, so diffusers itself scales all of them, uncompiled."""
+    """Adapters of another dtype are PEFT's, so diffusers itself scales all of them, uncompiled."""
     model, reference = (unet([*ATTENTION, "conv1"]) for _ in range(2))
+    for each in (model, reference):
+        for path, layer in each.named_modules():
+            if path.endswith("conv1"):
+                layer.lora_A.float(), layer.lora_B.float()
     lorafx.compile(model, options=EAGER_GRAPH)
     assert lorafx.explain(model).skipped
     for scale in (None, 0.4):
