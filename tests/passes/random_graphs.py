@@ -29,6 +29,7 @@ from tests.passes.test_spellings import SPELLINGS
 from tests.passes.toys import SCALE, SHAPED_LIKE_X, Site, inputs, lora
 
 WIDTH, RANKS, LENGTH = 6, (3, 3, 2, 4), 9
+TOLD_EVERY = 500  # graphs
 
 
 class Given(NamedTuple):
@@ -352,6 +353,8 @@ def try_many(
     @hypothesis.given(plans())
     def checked(plan: Plan) -> None:
         total.update(check(plan))
+        if total["graphs"] % TOLD_EVERY == 0:
+            print(f"{total['graphs']} graphs, {total['branches']} branches fused", flush=True)
 
     checked()
     return total
