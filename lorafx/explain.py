@@ -23,6 +23,7 @@ from lorafx.passes.naming import told_apart
 from lorafx.passes.record import FusedBranch, FusedGroup, Sketch
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
+from lorafx.untraced_layers import untraced_layers
 
 CHOSEN = {"cpp": "C++", "aten": "ATen", "triton": "Triton", "reference": "reference"}
 
@@ -248,6 +249,7 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
             report.untraced = "mode='eager' traces no graph"
         report.groups = _groups_from_modules(runtime)
     report.skipped = [Skipped(path, reason) for path, reason in runtime.unfused.items()] + report.skipped
+    report.skipped += untraced_layers(runtime)
     report.retraces = list(runtime.retraces)
     report.bank = repr(runtime.bank)  # which catches up with the model
     report.uncompiled = runtime.follower.uncompiled or ""
@@ -267,7 +269,7 @@ def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     bank = runtime.bank
     for site in bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
-        layer = runtime.root.get_submodule(site.name)
+        layer = runtime.fused.module_of(site.name)
         kind = layer_kinds.kind_of(getattr(layer, "base_layer", layer))
         if kind is None:
             buckets.setdefault((site.parent, site.in_features), []).append(branch)
