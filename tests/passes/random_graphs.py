@@ -29,6 +29,7 @@ from tests.passes.test_spellings import SPELLINGS
 from tests.passes.toys import SCALE, SHAPED_LIKE_X, Site, inputs, lora
 
 WIDTH, RANKS, LENGTH = 6, (3, 3, 2, 4), 9
+TOLD_EVERY = 500  # graphs
 
 
 class Given(NamedTuple):
@@ -334,17 +335,26 @@ def fused_layers(report: lorafx.Report) -> Counter[int]:
     return Counter(int(re.search(r"sites\.(\d+)", name)[1]) for name in names)
 
 
-def try_many(graphs: int, seed: int, check: Callable[[Plan], Mapping[str, int]] = check) -> Counter[str]:
-    """Check so many programs; on a failure, hypothesis prints the smallest one that fails. Returns what was counted."""
+def try_many(
+    graphs: int, seed: int, check: Callable[[Plan], Mapping[str, int]] = check, *, shrink: bool = True
+) -> Counter[str]:
+    """Check so many programs; one that fails is printed, with ``shrink`` the smallest. Returns what was counted."""
     total: Counter[str] = Counter()
+    phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])]
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=graphs, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=graphs,
+        phases=phases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(plans())
     def checked(plan: Plan) -> None:
         total.update(check(plan))
+        if total["graphs"] % TOLD_EVERY == 0:
+            print(f"{total['graphs']} graphs, {total['branches']} branches fused", flush=True)
 
     checked()
     return total

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
+import hypothesis
 import pytest
 import torch
 
+from lorafx.kernels import aten
 from tests.passes.random_graphs import Plan, Program, Step, assert_like, check, fused_layers, given_to, run, try_many
 from tests.passes.toys import fused_by
 
-CHUNKS, GRAPHS = 4, 75
+CHUNKS, GRAPHS = 4, 60
 
 
 @pytest.mark.parametrize("seed", range(CHUNKS))
@@ -23,6 +26,7 @@ def test_rewritten_graphs_compute_the_same_and_nothing_else_is_fused(seed):
 
 def test_rewritten_graphs_of_dynamo_compute_the_same():
     def checked(plan: Plan) -> dict[str, int]:
+        hypothesis.assume(any(not step.kind.startswith("other") for step in plan.steps))  # there are weights
         program, given = Program(plan), given_to(plan)
         expected = program.expected()
         with torch.no_grad():
@@ -34,7 +38,7 @@ def test_rewritten_graphs_of_dynamo_compute_the_same():
         assert found == expected, f"fused {found}, expected {expected}; skipped: {report.skipped}"
         return {"graphs": 1, "branches": found.total()}
 
-    assert try_many(12, 5, checked)["branches"] > 12
+    assert try_many(6, 5, checked, shrink=False)["branches"] > 6
 
 
 def test_a_wrong_expectation_is_noticed(monkeypatch):
@@ -42,11 +46,12 @@ def test_a_wrong_expectation_is_noticed(monkeypatch):
     plan = Plan(1, False, "", (Step("siblings", 0, 0, 0, 1), Step("not: an MLP", 1, 0, 2, 2)))
     assert check(plan)["branches"] == 2
     honest = Program.expected
-    for place, times in ((2, 1), (0, -1)):
-        monkeypatch.setattr(Program, "expected", lambda self, p=place, t=times: honest(self) + {p: t})
+    for place, times in ((2, 1), (0, -1)):  # an MLP's layer, one branch less
+        monkeypatch.setattr(Program, "expected", lambda self, p=place, t=times: honest(self) + Counter({p: t}))
         with pytest.raises(AssertionError, match="expected"):
             check(plan)
     monkeypatch.setattr(Program, "expected", honest)
-    monkeypatch.setattr("lorafx.kernels.aten.F.linear", lambda x, w: torch.nn.functional.linear(x, w) * 1.001)
+    product = aten._add_product
+    monkeypatch.setattr(aten, "_add_product", lambda y, s, b: product(y, s * 1.001, b))
     with pytest.raises(AssertionError):
         check(plan)
