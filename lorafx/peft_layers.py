@@ -17,13 +17,13 @@ from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafx.adapted import is_supported
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
+from lorafx.quantised import features_of
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -49,7 +49,7 @@ def all_linear(root: nn.Module) -> list[str]:
     return [
         path
         for path, module in root.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, PeftLinear)) and module is not head and not path.startswith(inside)
+        if features_of(module) is not None and module is not head and not path.startswith(inside)
     ]
 
 

@@ -19,6 +19,8 @@ from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
+from lorafx.fused_hooks import FusedSites
+from lorafx.fused_layers import Fusions
 from lorafx.peft_change import changing_peft
 from lorafx.recompiles import MANY, advice
 from lorafx.selection import Selection, names_in, normalize
@@ -48,6 +50,7 @@ class Runtime:
         self.retraces: list[str] = []  # why, each time the bank was packed anew
         self.unfused: dict[str, str] = {}  # PEFT's layers that stay as they are, and why
         self.peft: dict[str, Any] = {}  # PEFT's layers that are fused
+        self.fused = FusedSites(self, Fusions())
         self.follower = Follower(self)
         self._begin()
 
@@ -99,6 +102,7 @@ class Runtime:
             hook.remove()
         for module in self.root.modules():
             self.drop_hooks(module)
+            self.fused.drop(module)
         root_forward.step_aside(self.root)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
@@ -134,9 +138,13 @@ class Runtime:
             for hook in module._forward_hooks.values()
             if isinstance(hook, SiteHook) and hook.bank is self.bank
         }
-        new = [path for path in self.bank.store.index if path not in self.peft and path not in have]
+        parts = self.fused.find()
+        modules = dict(self.root.named_modules())
+        standing = [path for path in self.bank.store.index if path in modules or path not in parts]
+        new = [path for path in standing if path not in self.peft and path not in have]
         check_one_place(self.root, new)
-        for path, site in self.bank.store.index.items():
+        for path in standing:
+            site = self.bank.store.index[path]
             if path in self.peft:
                 adapted.adapt(self.peft[path], self.bank, site)
             elif path in have:
@@ -144,6 +152,7 @@ class Runtime:
             else:
                 module = self.root.get_submodule(path)
                 self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
+        self._hooks += self.fused.attach()
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
         for layer in self.peft.values():
@@ -160,6 +169,11 @@ class Runtime:
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
         # in one step, and the last: what stops us before it leaves no trace in the report, nor costs one
         self._retraced_at, self._entries, self.retraces[:] = len(self.graphs), {}, [*self.retraces, *reasons]
+
+    def _on_new_projections(self) -> None:
+        self._attach_sites()
+        self._entries = {}
+        self.retraces.append("projections were fused or parted (fuse_qkv_projections before compiling saves that)")
 
     def _guard_use(self, selection: Selection) -> None:
         if self.follower.gone and names_in(selection):
@@ -251,11 +265,12 @@ class Runtime:
             warn_once(advice(type(self.root).__name__, of_frame))
 
     def _needs_eager(self) -> bool:
-        """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row."""
+        """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row. Beside a
+        fused layer they can't, which its hook says."""
         return (
             bool(self.peft)
             and torch.is_grad_enabled()
-            and self.bank.chosen is not None
+            and (self.bank.chosen is not None or self.fused.parts)
             and any(adapted.needs_gradients(layer) for layer in self.peft.values())
         )
 

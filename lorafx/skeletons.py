@@ -29,6 +29,7 @@ from lorafx.adapters import SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
+from lorafx.quantised import is_quantised, stand_in
 
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
@@ -47,9 +48,13 @@ class Loaded:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every weight on the meta device and no adapters: its modules, none of its memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    """A copy of ``model`` with every weight on the meta device and no adapters: its modules, none of its memory.
+
+    Quantised layers become plain ones of their sizes: PEFT then asks for none of their packages.
+    """
+    memo: dict[int, Any] = {id(module): stand_in(module) for module in model.modules() if is_quantised(module)}
+    tensors = [t for m in model.modules() if id(m) not in memo for t in (*m._parameters.values(), *m._buffers.values())]
+    for tensor in filter(lambda tensor: tensor is not None, tensors):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = (
             nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty.detach()

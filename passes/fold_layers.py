@@ -10,6 +10,7 @@ All of a group's layers or none: each a linear layer of the same ``x`` and dtype
 from __future__ import annotations
 
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.context import PassContext
@@ -59,6 +60,8 @@ def _layer(gm: fx.GraphModule, timeline: Timeline, node: fx.Node, y: fx.Node) ->
     values = [example(value) for value in (y, *read)]
     if any(value is None for value in values) or len({value.dtype for value in values}) != 1:
         return None  # autocast, or unknown
+    if any(is_traceable_wrapper_subclass(value) for value in values):
+        return None  # a quantised weight, of which only its own class knows the numbers
     if example(layer.weight.node).stride(1) != 1:
         return None
     return layer if timeline.is_quiet(y, node, read) else None
