@@ -39,7 +39,7 @@ def compile(
     dynamic: bool | None = None,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-    validate: bool = False,
+    validate: bool | None = None,
 ) -> nn.Module:
     """Make ``model`` run LoRA adapters through fused ops, compiled. Returns the same object.
 
@@ -57,7 +57,9 @@ def compile(
     options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted
         layers' own products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
         (False: run the rewritten graph as it is), and Inductor's own
-    validate: not there yet; refused
+    validate: when a graph is compiled, try every rewrite on probe inputs beside what it replaces, and undo what differs
+        (``lorafx.explain(model).skipped`` then says so). The graph runs two or three times for that, uncompiled, and a
+        second bank is in memory meanwhile. None: as the environment variable LORAFX_VALIDATE says (1: yes)
 
     One adapter given is in use at once; of several none is, until ``model.lora.use`` or ``adapter_names`` says which.
 
@@ -65,9 +67,7 @@ def compile(
     """
     started = time.perf_counter()
     _check_model(model)
-    if validate:
-        raise LorafxError("validate=True is not there yet; leave it out")
-    parsed = Options.parse(options, mode)
+    parsed = Options.parse(options if validate is None else {**(options or {}), "validate": validate}, mode)
     fusions = Fusions.parse(fused)
     shelf = adapters if isinstance(adapters, AdapterStore) else None
     sources = as_mapping(None if shelf is not None else adapters)

@@ -93,6 +93,7 @@ class Report:
                     "seconds": round(graph.seconds, 3),
                     "groups": len(graph.passes.groups),
                     "folded": graph.passes.folded,
+                    "proved": graph.passes.proved,
                     "outlined": graph.outlined,
                     "ops_before": dict(graph.passes.before),
                     "ops_after": dict(graph.passes.after),
@@ -151,6 +152,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+        if proved := sum(graph.passes.proved or 0 for graph in self.graphs):
+            lines.append(f"{proved} LoRA branch(es) gave the same on probe inputs, in all graphs")
         if self.folded:
             lines.append(f"{self.folded} layer(s) of the model are computed inside the op that adapts them")
         if shared := sum(graph.outlined for graph in self.graphs):

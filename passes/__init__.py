@@ -20,6 +20,7 @@ from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.fuse_layers import fuse_layers
+from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.share_routing import share_routing
@@ -45,6 +46,8 @@ REWRITE = (
 def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
     """Rewrite ``gm`` in place. Returns the record, which is ``context.record``."""
     context.record.before = count_ops(gm.graph)
+    for node in gm.graph.nodes:
+        node.meta[TRACED] = node.name
     _run(FIND, gm, context)
     layer = first_layer(gm, context)
     before = sketch_layer(gm, context, layer) if layer is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from lorafx.passes.record import PassRecord
@@ -31,10 +31,12 @@ class SiteGeometry:
 @dataclass
 class PassContext:
     """One compilation: options in, record out. ``fold``: layers may be folded into the op that adapts them;
-    ``bank_key`` is the number that this bank's markers carry."""
+    ``bank_key`` is the number that this bank's markers carry; ``refused``: sums and site markers, by the names of their
+    nodes, that are to stay."""
 
     lowering: str = "auto"
     bank_key: int | None = None
     sites: Sequence[SiteGeometry] = ()
     fold: bool = True
+    refused: Collection[str] = ()
     record: PassRecord = field(default_factory=PassRecord)
