@@ -22,6 +22,7 @@ from lorafx.following import Follower
 from lorafx.fused_hooks import FusedSites
 from lorafx.fused_layers import Fusions
 from lorafx.peft_change import changing_peft
+from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
 from lorafx.recomputing import check_not_recomputed
 from lorafx.selection import Selection, names_in, normalize
@@ -32,7 +33,7 @@ log = logging.getLogger("lorafx")
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "graphs")
+NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_entered", "graphs")
 
 
 class Runtime:
@@ -60,6 +61,7 @@ class Runtime:
         self._entries: dict[str, Callable[..., Any]] = {}  # by the name of what is compiled
         self._making_entry = threading.Lock()
         self._forced_eager = 0
+        self._entered = False  # the first call may have to run eagerly
         self._hooks: list[Any] = []
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
 
@@ -252,6 +254,10 @@ class Runtime:
             if torch.is_grad_enabled() and self.bank.chosen_by_call:
                 check_not_recomputed(self.root)
             return self.root._call_impl
+        if not self._entered:
+            self._entered = True
+            if rewrites_itself(self.root):
+                return self.root._call_impl
         call = root_forward.shortest_call(self.root)
         with self._making_entry:  # threads that come first together share one
             if call.__name__ not in self._entries:

@@ -110,12 +110,23 @@ def test_rounded_once_is_no_farther_than_rounded_twice(folders, kind):
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8", "packed"])
 def test_siblings_are_one_group(folders, kind):
     model = lorafx.compile(build(kind), folders, options=EAGER_GRAPH)
-    for _ in range(2):  # bitsandbytes packs its weights for the CPU in the first call
+    for _ in range(3):  # bitsandbytes packs its weights for the CPU in the first call, which is not traced
         call(model)
     report = lorafx.explain(model)
-    assert len(SIZES) in [len(group.branches) for group in report.groups]
+    assert [len(group.branches) for group in report.groups] == [len(SIZES)]
+    assert len(report.graphs) == 1
     assert report.folded == 0
     assert not report.skipped
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_with_inductor(folders, kind):
+    """A bitsandbytes layer's first call, which packs its weights, would stop Inductor."""
+    model = lorafx.compile(build(kind), folders)
+    for _ in range(2):
+        idle, got = call(model, [None] * 3), call(model, ["a", None, "b"])
+        assert torch.equal(got[1], idle[1])
+        assert difference(got[0] - idle[0], exact_delta(folders["a"])[0]) <= 1e-5
 
 
 def test_a_layer_that_breaks_the_graph_is_named(folders):
