@@ -1,6 +1,7 @@
 """Layers of PEFT's while lorafx runs them: PEFT's own class, with the branch left to lorafx when it is traced.
 
-``ADAPTED`` says which class of PEFT's becomes which of ours. Another kind of layer is another line in it.
+``ADAPTED`` says which class of PEFT's becomes which of ours. Another kind of layer is another line in it; those on
+quantised layers come into it when one is met (``adapted_quantised.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from lorafx import hotswap
+from lorafx import adapted_quantised, hotswap
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels.layer_ops import rows_shape
@@ -122,6 +123,7 @@ PLAIN = {ours: theirs for theirs, ours in ADAPTED.items()}
 
 def is_supported(layer: object) -> bool:
     """Whether there is a class of ours for it, or it has it already. Subclasses of PEFT's may do anything."""
+    adapted_quantised.learn(type(layer))
     return type(layer) in ADAPTED or type(layer) in PLAIN
 
 

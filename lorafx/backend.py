@@ -11,7 +11,7 @@ import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,15 +19,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from lorafx import outlined
+from lorafx import outlined, validation
 from lorafx.bank import AdapterBank
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels.ops import LOWERINGS
 from lorafx.logs import GRAPHS
 from lorafx.passes import PassContext, PassRecord, run_passes
 from lorafx.passes.attach_inputs import ROUTING, routed_inputs
+from lorafx.passes.checkpointed import draw_again
+from lorafx.probe_bank import ProbeBank
 from lorafx.recompiles import input_shapes
-from lorafx.sites import refusal, rows_unknown
+from lorafx.sites import refusal, rows_unknown, run_markers_now
 
 log = logging.getLogger("lorafx")
 graphs_log = logging.getLogger(GRAPHS)
@@ -42,6 +44,7 @@ class Options:
     inductor: bool = True
     outline: bool = True  # one compiled layer for all that are alike, where that can be done
     patches: dict[str, Any] | None = None
+    validate: bool = False  # every rewrite is tried on probe inputs, and undone where it differs
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None, mode: str | None = None) -> Options:
@@ -53,6 +56,8 @@ class Options:
         fold = bool(rest.pop("fold", True))
         inductor = bool(rest.pop("inductor", True))
         outline = bool(rest.pop("outline", True))
+        wanted = rest.pop("validate", None)
+        validate = validation.default() if wanted is None else bool(wanted)
         if mode in (None, "default", "eager"):
             patches = {}
         else:
@@ -64,11 +69,11 @@ class Options:
         unknown = sorted(key for key in rest if key.replace("-", "_") not in known)
         if unknown:
             raise LorafxError(
-                f"unknown option {unknown[0]!r}; lorafx has lowering, fold, inductor and outline, and"
-                " torch._inductor.list_options() lists Inductor's"
+                f"unknown option {unknown[0]!r}; lorafx has lowering, fold, inductor, outline and validate,"
+                " and torch._inductor.list_options() lists Inductor's"
             )
         patches.update({key.replace("-", "_"): value for key, value in rest.items()})
-        return cls(lowering, fold, inductor, outline, patches)
+        return cls(lowering, fold, inductor, outline, patches, validate)
 
 
 @dataclass
@@ -96,13 +101,8 @@ def compile_graph(
     keep: Callable[[GraphRecord], None] = recent.append,
 ) -> Callable[..., Any]:
     """What Dynamo calls a backend: ``gm`` rewritten and compiled, to be called as ``gm`` is."""
-    context = PassContext(lowering=options.lowering, fold=options.fold)
-    if bank is not None:
-        context.bank_key, context.sites = bank.key, bank.store.geometry
-        context.factors = bank.store.dora.places if bank.store.dora is not None else {}
-    rewritten = _copy_graph(gm)
     traced, shapes = gm.print_readable(print_output=False), input_shapes(gm, inputs)
-    record = run_passes(rewritten, context)
+    rewritten, record = _rewrite(gm, inputs, options, bank)
     fused = rewritten.print_readable(print_output=False)
     graphs_log.debug("as traced:\n%s", traced)
     graphs_log.debug("as rewritten:\n%s", fused)
@@ -113,11 +113,12 @@ def compile_graph(
     if routed:
         routing = bank.routing()
         inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
-    if options.inductor:
+    if not run_markers_now(rewritten) and options.inductor:
         log.info("Inductor compiles a graph of %d nodes, with %d fused group(s)", len(rewritten.graph.nodes), groups)
         compile_ = outlined.compile_outlined if options.outline else outlined.compile_alone
         compiled, repeats = compile_(rewritten, inputs, options.patches)
     else:
+        draw_again(rewritten)
         compiled, repeats = rewritten.forward, 0
     identity = torch._guards.CompileContext.current_compile_id()
     keep(
@@ -139,6 +140,26 @@ def compile_graph(
         time.perf_counter() - started,
     )
     return _with_extras(compiled, bank, held, mixed_refusal) if routed else compiled
+
+
+def _rewrite(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, bank: AdapterBank | None
+) -> tuple[fx.GraphModule, PassRecord]:
+    def rewrite(refused: Collection[str] = ()) -> tuple[fx.GraphModule, PassRecord]:
+        context = PassContext(lowering=options.lowering, fold=options.fold, refused=refused)
+        if bank is not None:
+            context.bank_key, context.sites = bank.key, bank.store.geometry
+            context.factors = bank.store.dora.places if bank.store.dora is not None else {}
+        rewritten = _copy_graph(gm)
+        return rewritten, run_passes(rewritten, context)
+
+    def sites(record: PassRecord) -> ProbeBank:
+        rows = 1 if _mixed_refusal(record, bank) is not None else bank.batch or 1
+        return ProbeBank(bank, rows)
+
+    if not options.validate:
+        return rewrite()
+    return validation.validated(gm, inputs, rewrite, lambda: _copy_graph(gm), sites if bank is not None else None)
 
 
 def _with_extras(

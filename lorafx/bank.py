@@ -163,6 +163,12 @@ class AdapterBank:
             return NOTHING
         return state.selection if state is not None and state.selection is not None else self._chosen
 
+    @property
+    def chosen_by_call(self) -> bool:
+        """The call that is under way has a selection of its own."""
+        state = self._call.get()
+        return state is not None and state.selection is not None
+
     def check_rows(self, selection: Selection) -> None:
         """UnsupportedModelError: adapters that can't share a row, or can't be weighted"""
         if reason := self.unfit(selection):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
 from lorafx.bank import AdapterBank, as_mapping, warn_once
 from lorafx.errors import LorafxError, UnsupportedModelError
+from lorafx.fused_layers import Fusions
 from lorafx.kernels import cpp
 from lorafx.module_snapshot import unchanged_on_error
 from lorafx.offloading import check_in_place
@@ -35,10 +36,11 @@ def compile(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     target_modules: Iterable[str] | str | None = None,
+    fused: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-    validate: bool = False,
+    validate: bool | None = None,
 ) -> nn.Module:
     """Make ``model`` run LoRA adapters through fused ops, compiled. Returns the same object.
 
@@ -49,11 +51,16 @@ def compile(
         ``AdapterStore``, which holds more adapters than there is room for
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names
+    fused: layers that compute several projections at once, for adapters that were trained on each alone: ``{name: parts
+        in order}``, or ``{name: {part: width}}`` where neither the model's config nor the adapter tells how wide each
+        is. ``qkv_proj``, ``gate_up_proj`` and those of diffusers' ``fuse_qkv_projections`` are known
     dynamic, mode: as torch.compile's; mode "eager" computes the same at once and compiles nothing
     options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted
         layers' own products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
         (False: run the rewritten graph as it is), and Inductor's own
-    validate: not there yet; refused
+    validate: when a graph is compiled, try every rewrite on probe inputs beside what it replaces, and undo what differs
+        (``lorafx.explain(model).skipped`` then says so). The graph runs two or three times for that, uncompiled, and a
+        second bank is in memory meanwhile. None: as the environment variable LORAFX_VALIDATE says (1: yes)
 
     One adapter given is in use at once; of several none is, until ``model.lora.use`` or ``adapter_names`` says which.
 
@@ -61,9 +68,8 @@ def compile(
     """
     started = time.perf_counter()
     _check_model(model)
-    if validate:
-        raise LorafxError("validate=True is not there yet; leave it out")
-    parsed = Options.parse(options, mode)
+    parsed = Options.parse(options if validate is None else {**(options or {}), "validate": validate}, mode)
+    fusions = Fusions.parse(fused)
     shelf = adapters if isinstance(adapters, AdapterStore) else None
     sources = as_mapping(None if shelf is not None else adapters)
     room: dict[str, Any] = {"max_adapters": max_adapters, "max_rank": max_rank, "target_modules": target_modules}
@@ -82,11 +88,11 @@ def compile(
             weights = peft_layers.adapters_on(layers)
         else:
             layers, unfused = {}, {}
-            reader = AdapterReader(root, bank_dtype(root))
+            reader = AdapterReader(root, bank_dtype(root), fusions)
             if shelf is not None and (max_rank is None or target_modules is None):
                 room["others"] = list(shelf.outlines(reader.open))
             weights = [reader.open(name, source).read() for name, source in bar(sources.items(), "reading adapters")]
-        store = make_store(root, weights, **room)
+        store = make_store(root, weights, fusions=fusions, **room)
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
@@ -98,6 +104,7 @@ def compile(
             bank.add(adapter)
         runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")
         runtime.peft, runtime.unfused = layers, unfused
+        runtime.fused.fusions = fusions
         if on_peft:
             bank._peft, loader.bank = loader, bank
         else:

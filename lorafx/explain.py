@@ -23,6 +23,7 @@ from lorafx.passes.naming import told_apart
 from lorafx.passes.record import FusedBranch, FusedGroup, Sketch
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.tables import format_table, html_table
+from lorafx.untraced_layers import untraced_layers
 
 CHOSEN = {"cpp": "C++", "aten": "ATen", "triton": "Triton", "reference": "reference"}
 
@@ -92,6 +93,7 @@ class Report:
                     "seconds": round(graph.seconds, 3),
                     "groups": len(graph.passes.groups),
                     "folded": graph.passes.folded,
+                    "proved": graph.passes.proved,
                     "outlined": graph.outlined,
                     "ops_before": dict(graph.passes.before),
                     "ops_after": dict(graph.passes.after),
@@ -150,6 +152,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+        if proved := sum(graph.passes.proved or 0 for graph in self.graphs):
+            lines.append(f"{proved} LoRA branch(es) gave the same on probe inputs, in all graphs")
         if self.folded:
             lines.append(f"{self.folded} layer(s) of the model are computed inside the op that adapts them")
         if shared := sum(graph.outlined for graph in self.graphs):
@@ -247,6 +251,7 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
     left = [Skipped(path, reason) for path, reason in runtime.unfused.items()]
     # what was seen of such a layer in a graph needs no reason of its own
     report.skipped = left + [skipped for skipped in report.skipped if skipped.name not in runtime.unfused]
+    report.skipped += untraced_layers(runtime)
     report.retraces = list(runtime.retraces)
     report.bank = repr(runtime.bank)  # which catches up with the model
     report.uncompiled = runtime.follower.uncompiled or ""
@@ -266,7 +271,7 @@ def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     bank = runtime.bank
     for site in bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
-        layer = runtime.root.get_submodule(site.name)
+        layer = runtime.fused.module_of(site.name)
         kind = layer_kinds.kind_of(getattr(layer, "base_layer", layer))
         if kind is None:
             buckets.setdefault((site.parent, site.in_features), []).append(branch)

@@ -66,7 +66,7 @@ class Follower:
 
     def holds(self, selection: Selection | None) -> bool:
         runtime, bank = self.runtime, self.runtime.bank
-        if not self._in_place():
+        if not self._in_place() or not runtime.fused.holds():
             return False
         used = bank._slots
         if selection is not None:
@@ -74,7 +74,8 @@ class Follower:
         if bank.store.dora is not None and not self.gone and bank.store.dora.changed(self._slots_of(used)):
             return False
         if self._state is None:
-            return self.gone or list(vars(runtime.root).get("peft_config", ())) == self._without
+            without = list(vars(runtime.root).get("peft_config", ())) == self._without
+            return self.gone or (without and not runtime.peft)
         return self._state.switches_hold() and self._state.adapters_hold(used)
 
     def _slots_of(self, names: Iterable[str]) -> list[int]:
@@ -92,8 +93,9 @@ class Follower:
         """Where the first site's layer is; the bank's own if that can't be told."""
         store = self.runtime.bank.store
         if self._anchor[0] is not store:
-            layer = self.runtime.root.get_submodule(store.sites[0].name) if store.sites else nn.Module()
-            self._anchor = store, getattr(layer, "base_layer", layer)._parameters
+            layer = self.runtime.fused.module_of(store.sites[0].name) if store.sites else nn.Module()
+            base = getattr(layer, "base_layer", layer)
+            self._anchor = store, base._parameters if any(True for _ in base.parameters()) else base._buffers
         weight = next((p for p in self._anchor[1].values() if p is not None), store.storage)
         return weight.device
 
@@ -105,6 +107,8 @@ class Follower:
             if self._device() != bank.store.storage.device:
                 bank.move(self._device())
             runtime._entries, self._hooks = {}, self._read_hooks()
+        if not runtime.fused.holds():
+            runtime._on_new_projections()
         if self._state is not None and not self._state.attached():
             self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
             self._run_uncompiled("PEFT has taken its layers off (compile what is left anew)")

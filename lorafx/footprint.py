@@ -78,7 +78,7 @@ def work_of(
     folded: bool,
     gpu: str | None,
 ) -> WorkTable | None:
-    """Of the groups of linear layers. None: there is none, or one whose widths nobody knows (no shapes)."""
+    """Of the groups of linear layers. None: there is none, or one of unknown widths (a graph without shapes)."""
     groups = [group for group in groups if group.op in ("routed_lora", "fused_lora")]
     known = all(None not in (branch.in_features, branch.out_features) for g in groups for branch in g.branches)
     if not groups or not known:

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
+from lorafx.quantised import features_of, is_quantised
+
 KINDS = {"embedding": nn.Embedding, "conv2d": nn.Conv2d}
 
 
@@ -21,6 +23,8 @@ def widths_of(layer: nn.Module) -> tuple[int, int] | None:
         return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1], layer.out_channels
     if isinstance(layer, (nn.Conv1d, nn.Conv3d, nn.MultiheadAttention)):
         return None
+    if is_quantised(layer):
+        return features_of(layer)
     widths = _get_in_out_features(layer)
     return widths if isinstance(widths[0], int) else None
 

@@ -17,7 +17,6 @@ from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafx.adapted import is_supported, other_variants
 from lorafx.adapters import AdapterWeights
@@ -25,6 +24,7 @@ from lorafx.bank import AdapterBank, warn_once
 from lorafx.dora import unreadable
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
+from lorafx.quantised import features_of
 from lorafx.saved_modules import suitable_wrappers
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -51,7 +51,7 @@ def all_linear(root: nn.Module) -> list[str]:
     return [
         path
         for path, module in root.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, PeftLinear)) and module is not head and not path.startswith(inside)
+        if features_of(module) is not None and module is not head and not path.startswith(inside)
     ]
 
 
@@ -145,13 +145,14 @@ def own_memory(layers: dict[str, PeftLinear]) -> None:
 
 
 class ContiguousStateDict:
-    """A hook on ``state_dict``: safetensors takes contiguous tensors only, and B is held as rank rows."""
+    """A hook on ``state_dict``: adapters in memory of their own, without gaps. That is what safetensors takes, while
+    the parameters are views of one storage, and B is held as rank rows. With ``keep_vars`` the parameters stay."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key, value in state.items():
-            ours = ".lora_B." in key or ".lora_embedding_B." in key
-            if ours and isinstance(value, Tensor) and not value.is_contiguous():
-                state[key] = value.contiguous()
+            ours = key.removeprefix(prefix).startswith(("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B."))
+            if ours and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                state[key] = value.clone(memory_format=torch.contiguous_format)
 
 
 # ------------------------------------------------------------------------------------------------ PEFT's switches

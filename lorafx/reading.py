@@ -24,10 +24,13 @@ from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.formats.base import Base, base_of
+from lorafx.fused_layers import Fusions
+from lorafx.grafting import graft
 from lorafx.inferred_config import config_of_shapes
 from lorafx.layer_kinds import why_not, widths_of
 from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
+from lorafx.quantised import features_of
 from lorafx.skeletons import PREFIX, check_base, load_onto, skeleton, weights_on
 from lorafx.sources import Source, load_source
 from lorafx.tensor_files import TensorSet
@@ -39,10 +42,11 @@ LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 class AdapterReader:
-    """root: the model, without PEFT's wrapper; dtype: of the weights that are returned, on the CPU"""
+    """root: the model, without PEFT's wrapper; dtype: of the weights that are returned, on the CPU; fusions: adapters
+    of the parts of these layers are read too (None: PEFT has to run what is read, and can't)"""
 
-    def __init__(self, root: nn.Module, dtype: torch.dtype) -> None:
-        self.root, self.dtype = root, dtype
+    def __init__(self, root: nn.Module, dtype: torch.dtype, fusions: Fusions | None = None) -> None:
+        self.root, self.dtype, self.fusions = root, dtype, fusions
         self._begin()
 
     def _begin(self) -> None:
@@ -55,7 +59,7 @@ class AdapterReader:
         self._fitting: weakref.WeakSet[Layout] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "dtype": self.dtype}
+        return {"root": self.root, "dtype": self.dtype, "fusions": self.fusions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -103,7 +107,7 @@ class AdapterReader:
                 saved = plan.saved_from(tensors.take)
             else:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
-                loaded = load_onto(name, self._skeleton(), config, taken)
+                loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, taken)
                 check_base(name, self.root, loaded.base)
                 weights, saved = weights_on(loaded), loaded.saved
             return self._checked(AdapterWeights(name, weights, saved=saved).packed(self.dtype))
@@ -124,7 +128,7 @@ class AdapterReader:
             if plan is not None:
                 return plan, plan.shapes, tuple(plan.saved)
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
-            loaded = load_onto(name, self._skeleton(), config, stand_ins)
+            loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
             _check_prefixes(name, tensors.shapes)
             if plan is None:
@@ -141,9 +145,12 @@ class AdapterReader:
                 self._plans.move_to_end(key)
             return self._plans.get(key)
 
-    def _skeleton(self) -> nn.Module:
-        """One to use up."""
-        return copy.deepcopy(self._kept_skeleton())
+    def _skeleton(self, name: str, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """One to use up, with the layers that a file of these tensors may be for."""
+        bare = copy.deepcopy(self._kept_skeleton())
+        if self.fusions is not None:
+            graft(name, bare, config, shapes, self.fusions)
+        return bare
 
     def _base(self) -> Base:
         return base_of(self._kept_skeleton())
@@ -159,7 +166,7 @@ class AdapterReader:
         outline = source if isinstance(source, AdapterOutline) else source.outline
         layout = source.layout if isinstance(source, AdapterWeights) else None
         if layout is None or layout not in self._fitting:
-            _check_fits(name, self.root, outline.sites)
+            _check_fits(name, self.root, outline.sites, self.fusions or Fusions({}))
             _check_has_modules(name, self.root, outline.saved)
             if layout is not None:
                 self._fitting.add(layout)
@@ -201,9 +208,12 @@ def _renamed(weights: AdapterWeights, name: str) -> AdapterWeights:
     return renamed
 
 
-def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape]) -> None:
+def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape], fusions: Fusions) -> None:
+    parts = fusions.find(root, {path: shape.out_features for path, shape in sites.items()}, f"adapter {name!r}")
     for path, shape in sites.items():
-        if not _fits(root, path, shape):
+        if not _fits(root, path, shape) and not (
+            path in parts and features_of(root.get_submodule(parts[path].layer))[0] == shape.in_features
+        ):
             raise AdapterMismatchError(
                 f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a layer {path!r} from"
                 f" {shape.in_features} to {shape.out_features} features, which the model has not. Is it an adapter of"

@@ -11,6 +11,7 @@ from lorafx import peft_layers
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.dora import base_layer, unreadable
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
+from lorafx.fused_layers import Fusions
 from lorafx.layer_kinds import why_not, widths_of
 from lorafx.store import PackedStore, Site
 
@@ -29,9 +30,11 @@ def make_store(
     max_rank: int | None = None,
     target_modules: Iterable[str] | str | None = None,
     others: Sequence[AdapterOutline] = (),
+    fusions: Fusions | None = None,
 ) -> PackedStore:
     """An empty store with room for ``weights`` and for what is reserved.
 
+    fusions: which layers are fused; what is none of the model's own layers is a part of one of these
     others: adapters of which any may come: as many of them as there are slots left then fit, whichever they are
 
     LorafxError: arguments that contradict each other, layers that the model has not
@@ -45,17 +48,20 @@ def make_store(
     if max_rank is not None and largest is not None and largest > max_rank:
         raise CapacityError(f"an adapter has rank {largest}, max_rank is {max_rank}")
     slots = max(max_adapters or 0, len(weights), 1)
-    reserved = set(_targets(root, target_modules))
+    parts = fusions.sizes(root) if fusions is not None else {}
+    reserved = set(_targets(root, target_modules, parts))
     rank = max_rank or largest or 0
     coming = _coming(others, slots - len(weights), max_rank)
     sites, capacities, biases = [], {}, {}
     given = {path for adapter in weights for path in adapter.sites}
-    for path, module in root.named_modules():
-        if path not in given | reserved | coming.keys():
-            continue
+    modules = dict(root.named_modules())
+    wanted = given | reserved | coming.keys()
+    places = dict.fromkeys([*modules, *parts, *(path for adapter in weights for path in adapter.sites), *coming])
+    for path in filter(wanted.__contains__, places):
         here = [adapter.shapes[path] for adapter in weights if path in adapter.sites]
         known = here + coming.get(path, [])
-        shape = (known[0].in_features, known[0].out_features) if known else linear_shape(module, path)
+        shape = (known[0].in_features, known[0].out_features) if known else parts.get(path)
+        shape = shape or linear_shape(modules[path], path)
         sites.append(Site(path, *shape))
         asked = path in reserved or (path in given and (max_adapters is not None or target_modules is not None))
         spare = max((slots - len(here)) * rank if asked else 0, sum(s.rank for s in coming.get(path, [])))
@@ -96,16 +102,15 @@ def _largest(shapes: list[SiteShape], count: int) -> list[SiteShape]:
     ]
 
 
-def _targets(root: nn.Module, target_modules: Iterable[str] | str | None) -> list[str]:
+def _targets(root: nn.Module, target_modules: Iterable[str] | str | None, parts: Iterable[str]) -> list[str]:
     """Layers named by ``target_modules``, as PEFT matches names: the end of the path."""
     if target_modules is None:
         return []
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if wanted == ["all-linear"]:
         return peft_layers.all_linear(root)
-    found = [
-        path for path, _ in root.named_modules() if any(path == name or path.endswith(f".{name}") for name in wanted)
-    ]
+    paths = [*(path for path, _ in root.named_modules()), *parts]
+    found = [path for path in paths if any(path == name or path.endswith(f".{name}") for name in wanted)]
     missing = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path in found)]
     if missing:
         raise AdapterMismatchError(

@@ -19,8 +19,12 @@ from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
+from lorafx.fused_hooks import FusedSites
+from lorafx.fused_layers import Fusions
 from lorafx.peft_change import changing_peft
+from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
+from lorafx.recomputing import check_not_recomputed
 from lorafx.saved_layers import SavedHook
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
@@ -30,7 +34,7 @@ log = logging.getLogger("lorafx")
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "graphs")
+NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_entered", "graphs")
 
 
 class Runtime:
@@ -49,6 +53,7 @@ class Runtime:
         self.retraces: list[str] = []  # why, each time the bank was packed anew
         self.unfused: dict[str, str] = {}  # PEFT's layers that stay as they are, and why
         self.peft: dict[str, Any] = {}  # PEFT's layers that are fused
+        self.fused = FusedSites(self, Fusions())
         self.follower = Follower(self)
         self._begin()
 
@@ -57,6 +62,7 @@ class Runtime:
         self._entries: dict[str, Callable[..., Any]] = {}  # by the name of what is compiled
         self._making_entry = threading.Lock()
         self._forced_eager = 0
+        self._entered = False  # the first call may have to run eagerly
         self._hooks: list[Any] = []
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
 
@@ -100,6 +106,7 @@ class Runtime:
             hook.remove()
         for module in self.root.modules():
             self.drop_hooks(module)
+            self.fused.drop(module)
         root_forward.step_aside(self.root)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
@@ -140,10 +147,14 @@ class Runtime:
             for hook in module._forward_hooks.values()
             if isinstance(hook, SiteHook) and hook.bank is self.bank
         }
-        new = [path for path in self.bank.store.index if path not in self.peft and path not in have]
         saved = self.bank.saved
+        parts = self.fused.find()
+        modules = dict(self.root.named_modules())
+        standing = [path for path in self.bank.store.index if path in modules or path not in parts]
+        new = [path for path in standing if path not in self.peft and path not in have]
         check_one_place(self.root, [*new, *(path for path in saved.paths if path not in saved.wrappers)])
-        for path, site in self.bank.store.index.items():
+        for path in standing:
+            site = self.bank.store.index[path]
             if path in self.peft:
                 adapted.adapt(self.peft[path], self.bank, site)
                 continue
@@ -153,6 +164,7 @@ class Runtime:
                 self._hooks.append(module.register_forward_hook(have[path], with_kwargs=True))
             have[path].site = site
             have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
+        self._hooks += self.fused.attach()
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
         for place, path in enumerate(saved.paths):
@@ -176,6 +188,11 @@ class Runtime:
             warn_once(f"lorafx: {reason}: the bank is packed anew, and the next call compiles once.")
         # in one step, and the last: what stops us before it leaves no trace in the report, nor costs one
         self._retraced_at, self._entries, self.retraces[:] = len(self.graphs), {}, [*self.retraces, *reasons]
+
+    def _on_new_projections(self) -> None:
+        self._attach_sites()
+        self._entries = {}
+        self.retraces.append("projections were fused or parted (fuse_qkv_projections before compiling saves that)")
 
     def _guard_use(self, selection: Selection) -> None:
         if self.follower.gone and names_in(selection):
@@ -253,7 +270,13 @@ class Runtime:
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
         if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
+            if torch.is_grad_enabled() and self.bank.chosen_by_call:
+                check_not_recomputed(self.root)
             return self.root._call_impl
+        if not self._entered:
+            self._entered = True
+            if rewrites_itself(self.root):
+                return self.root._call_impl
         call = root_forward.shortest_call(self.root)
         with self._making_entry:  # threads that come first together share one
             if call.__name__ not in self._entries:
@@ -270,11 +293,12 @@ class Runtime:
             warn_once(advice(type(self.root).__name__, of_frame))
 
     def _needs_eager(self) -> bool:
-        """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row."""
+        """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row. Beside a
+        fused layer they can't, which its hook says."""
         return (
             bool(self.peft)
             and torch.is_grad_enabled()
-            and self.bank.chosen is not None
+            and (self.bank.chosen is not None or self.fused.parts)
             and (
                 any(adapted.needs_gradients(layer) for layer in self.peft.values())
                 or any(saved_layers.needs_gradients(wrapper) for wrapper in self.bank.saved.wrappers.values())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
@@ -14,6 +14,7 @@ from lorafx.kernels.layer_ops import rows_shape, set_layer_site_forward
 from lorafx.kernels.ops import set_site_forward
 from lorafx.kernels.row_factors import set_magnitude_forward
 from lorafx.layer_kinds import describe, mark
+from lorafx.passes.graph_reading import example
 
 
 class SiteHook:
@@ -188,3 +189,25 @@ def _layer_marker_forward(
 set_site_forward(_marker_forward)
 set_layer_site_forward(_layer_marker_forward)
 set_magnitude_forward(_magnitude_forward)
+
+MARKERS = {
+    torch.ops.lorafx.site.default: _marker_forward,
+    torch.ops.lorafx.layer_site.default: _layer_marker_forward,
+    torch.ops.lorafx.magnitude.default: _magnitude_forward,
+}
+
+
+def run_markers_now(gm: fx.GraphModule) -> int:
+    """Have the markers that the passes left in ``gm``, and that need gradients, computed as a layer outside a graph is:
+    autograd then keeps the routing of the call, which a marker's own backward would look for once the call is over.
+    Returns how many there were; ``gm`` has to be run as it is then.
+    """
+    done = 0
+    for node in gm.graph.nodes:
+        wanted = (getattr(example(arg), "requires_grad", False) for arg in node.args[:2])
+        if node.target in MARKERS and torch.is_grad_enabled() and any(wanted):
+            node.target = MARKERS[node.target]
+            done += 1
+    if done:
+        gm.recompile()
+    return done

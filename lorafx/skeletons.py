@@ -30,6 +30,7 @@ from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
+from lorafx.quantised import is_quantised, stand_in
 from lorafx.saved_modules import suitable_wrappers
 
 PREFIX = "base_model.model."  # of the names that PEFT's save_pretrained writes
@@ -52,9 +53,13 @@ class Loaded:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every weight on the meta device and no adapters: its modules, none of its memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    """A copy of ``model`` with every weight on the meta device and no adapters: its modules, none of its memory.
+
+    Quantised layers become plain ones of their sizes: PEFT then asks for none of their packages.
+    """
+    memo: dict[int, Any] = {id(module): stand_in(module) for module in model.modules() if is_quantised(module)}
+    tensors = [t for m in model.modules() if id(m) not in memo for t in (*m._parameters.values(), *m._buffers.values())]
+    for tensor in filter(lambda tensor: tensor is not None, tensors):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = (
             nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty.detach()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.adapters import AdapterWeights, SiteShape, SiteWeights
 from lorafx.dora import Dora
-from lorafx.errors import CapacityError
+from lorafx.errors import AdapterMismatchError, CapacityError
 from lorafx.packing import Layout, Piece, Run, copy_all, find_runs, sources, targets
 from lorafx.passes.context import SiteGeometry
 from lorafx.placing import Room, Window, find_room
@@ -204,6 +204,7 @@ class PackedStore:
         if self.holds(slot, adapter.layout):
             self._rewrite(slot, adapter, self._held[slot])
             return
+        self._check_widths(adapter)
         room = self.find_room(adapter.shapes, instead_of=slot)
         if room is None:
             raise CapacityError(f"adapter {adapter.name!r} needs more rank rows than are free at some layer")
@@ -216,6 +217,17 @@ class PackedStore:
             copy_all(views, sources(adapter.flat, runs))
             columns = numpy.array([self.index[path] for path in room.windows])
             self._held[slot] = Held(adapter.layout, columns, runs, views)
+
+    def _check_widths(self, adapter: AdapterWeights) -> None:
+        """Layers of the model say how wide they are; of a part of a fused one adapters may say different things."""
+        for path, shape in adapter.shapes.items():
+            site = self.sites[self.index[path]] if path in self.index else None
+            if site is not None and (site.in_features, site.out_features) != (shape.in_features, shape.out_features):
+                raise AdapterMismatchError(
+                    f"adapter {adapter.name!r} takes {path} for {shape.in_features} to {shape.out_features} features,"
+                    f" what is loaded takes it for {site.in_features} to {site.out_features}. One of them is of another"
+                    " model; lorafx.compile(..., fused=...) says how wide the parts of fused layers are."
+                )
 
     def _rewrite(self, slot: int, adapter: AdapterWeights, held: Held) -> None:
         """The same rows with other numbers. Saving the old ones first would double the cost: the one call that writes

@@ -8,6 +8,7 @@ PEFT: they see linear layers and markers.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import fx
@@ -15,11 +16,13 @@ from torch._dynamo.utils import counters
 
 import lorafx.kernels.layer_ops
 import lorafx.kernels.ops  # noqa: F401
+from lorafx.passes.checkpointed import hand_on_inputs, own_bodies
 from lorafx.passes.clean_up import clean_up
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.fold_layers import fold_layers
 from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.fuse_layers import fuse_layers
+from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.scale_rows import scale_rows
@@ -35,6 +38,7 @@ FIND = (
     clean_up,  # what they were made of
 )
 REWRITE = (
+    hand_on_inputs,  # what bodies of checkpointed layers read, which are rewritten before the graph that calls them
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
@@ -45,20 +49,31 @@ REWRITE = (
 
 
 def run_passes(gm: fx.GraphModule, context: PassContext) -> PassRecord:
-    """Rewrite ``gm`` in place. Returns the record, which is ``context.record``."""
-    context.record.before = count_ops(gm.graph)
-    _run(FIND, gm, context)
-    layer = first_layer(gm, context)
-    before = sketch_layer(gm, context, layer) if layer is not None else None
-    _run(REWRITE, gm, context)
-    gm.graph.lint()
-    gm.recompile()
-    if before is not None:
-        context.record.sketches = before, sketch_layer(gm, context, layer)
-    context.record.after = count_ops(gm.graph)
+    """Rewrite ``gm`` in place, and a copy of each body it calls. Returns the record, which is ``context.record``."""
+    bodies = own_bodies(gm)
+    for path, one in [*bodies.items(), ("", gm)]:
+        for node in one.graph.nodes:
+            node.meta[TRACED] = f"{path}/{node.name}" if path else node.name
+    graphs = [*bodies.values(), gm]
+    context.record.before = _count(graphs)
+    for one in graphs:
+        _run(FIND, one, context)
+    shown = next(((one, layer) for one in graphs if (layer := first_layer(one, context)) is not None), None)
+    before = sketch_layer(shown[0], context, shown[1]) if shown else None
+    for one in graphs:
+        _run(REWRITE, one, context)
+        one.graph.lint()
+        one.recompile()
+    if shown:
+        context.record.sketches = before, sketch_layer(shown[0], context, shown[1])
+    context.record.after = _count(graphs)
     for skipped in context.record.skipped:
         log.info("%s is left as it is: %s", skipped.name, skipped.reason)
     return context.record
+
+
+def _count(graphs: Sequence[fx.GraphModule]) -> Counter[str]:
+    return sum((count_ops(one.graph) for one in graphs), Counter())
 
 
 def _run(passes: Sequence[Pass], gm: fx.GraphModule, context: PassContext) -> None:

@@ -23,6 +23,7 @@ class Branch:
     scale_node: fx.Node | None
     base: fx.Node  # the layer that is adapted
     origin: fx.Node  # where base and branch part: what ``x`` is a cast of, or ``x``
+    inside: tuple[fx.Node, ...]  # what the branch computes, from the sum up to ``origin``
 
 
 @dataclass(frozen=True)

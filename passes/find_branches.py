@@ -91,7 +91,8 @@ def _match(
         return Skipped(layer_name(gm, base), reason)
     x = _parting(gm, timeline, out, base, chain, parted)
     node = walk.nodes[0] if walk.nodes else None
-    return Branch(out, y, x, a.weight, b.weight, b.bias, walk.scale, node, base, chain[-1])
+    inside = (*walk.inside, *chain)
+    return Branch(out, y, x, a.weight, b.weight, b.bias, walk.scale, node, base, chain[-1], inside)
 
 
 def passed_on(gm: fx.GraphModule, node: fx.Node, views: bool = False, casts: bool = True) -> tuple[list[fx.Node], bool]:

@@ -10,6 +10,7 @@ All of a group's layers or none: each a linear layer of the same ``x`` and dtype
 from __future__ import annotations
 
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.kernels.ops import resolve_lowering
 from lorafx.passes.context import PassContext
@@ -38,7 +39,7 @@ def fold_layers(gm: fx.GraphModule, context: PassContext) -> int:
         biases = [layer.bias.node if layer.bias is not None else None for layer in layers]
         node.args = ([], *node.args[1 : LOWERING + 1], weights, biases)
         folded += len(layers)
-    context.record.folded = folded
+    context.record.folded += folded
     return folded
 
 
@@ -59,6 +60,8 @@ def _layer(gm: fx.GraphModule, timeline: Timeline, node: fx.Node, y: fx.Node) ->
     values = [example(value) for value in (y, *read)]
     if any(value is None for value in values) or len({value.dtype for value in values}) != 1:
         return None  # autocast, or unknown
+    if any(is_traceable_wrapper_subclass(value) for value in values):
+        return None  # a quantised weight, of which only its own class knows the numbers
     if example(layer.weight.node).stride(1) != 1:
         return None
     return layer if timeline.is_quiet(y, node, read) else None

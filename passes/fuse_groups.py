@@ -22,9 +22,9 @@ from torch import fx
 from lorafx.kernels.ops import choose_lowering, resolve_lowering
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import KEPT_META, example, size_hint
+from lorafx.passes.graph_reading import KEPT_META, example, size_hint, traced_name
 from lorafx.passes.group_markers import SITE, Group, group_markers
-from lorafx.passes.record import FusedBranch, FusedGroup
+from lorafx.passes.record import STANDS_FOR, FusedBranch, FusedGroup, StandIn
 
 
 def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
@@ -35,7 +35,8 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
     """
 
     def is_known(marker: fx.Node) -> bool:
-        return marker.args[2] == context.bank_key and isinstance(marker.args[3], int)
+        mine = marker.args[2] == context.bank_key and isinstance(marker.args[3], int)
+        return mine and traced_name(marker) not in context.refused
 
     def parent_of(marker: fx.Node) -> str:
         if marker.target is SITE:
@@ -57,7 +58,7 @@ def fuse_groups(gm: fx.GraphModule, context: PassContext) -> int:
             outs.meta["example_value"] = [example(marker) for marker in group.markers]
             for i, marker in enumerate(group.markers):
                 out = gm.graph.call_function(operator.getitem, (outs, i))
-                out.meta = dict(marker.meta)
+                out.meta = {STANDS_FOR: _stand_in(marker, context), **marker.meta}
                 marker.replace_all_uses_with(out)
         for marker in group.markers:
             gm.graph.erase_node(marker)
@@ -147,6 +148,14 @@ def _fused(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
         torch.ops.lorafx.fused_lora.default,
         (ys, group.x, a, b, biases, scales, scale_tensors, context.lowering),
     )
+
+
+def _stand_in(marker: fx.Node, context: PassContext) -> StandIn | None:
+    """Of a site, whose marker was traced; a branch's was put by a pass, which has said it."""
+    if marker.target is not SITE:
+        return None
+    name = traced_name(marker)
+    return StandIn(context.sites[marker.args[3]].name, name, name)
 
 
 def _rank(marker: fx.Node) -> int | None:

@@ -14,8 +14,8 @@ from torch import fx
 from lorafx.kernels.layer_ops import choose_lowering, rows_shape
 from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
-from lorafx.passes.graph_reading import example, size_hint
-from lorafx.passes.record import FusedBranch, FusedGroup
+from lorafx.passes.graph_reading import example, size_hint, traced_name
+from lorafx.passes.record import STANDS_FOR, FusedBranch, FusedGroup, StandIn
 
 LAYER_SITE, ROUTED_LAYER = torch.ops.lorafx.layer_site.default, torch.ops.lorafx.routed_layer.default
 
@@ -25,11 +25,12 @@ def fuse_layers(gm: fx.GraphModule, context: PassContext) -> int:
     done = 0
     for marker in gm.graph.find_nodes(op="call_function", target=LAYER_SITE):
         *_, bank, site = marker.args
-        if bank != context.bank_key or not isinstance(site, int):
+        name = traced_name(marker)
+        if bank != context.bank_key or not isinstance(site, int) or name in context.refused:
             continue
         with gm.graph.inserting_before(marker):
             out = _routed(gm, marker, context.sites[site], context.lowering)
-        out.meta = dict(marker.meta)
+        out.meta = {**marker.meta, STANDS_FOR: StandIn(context.sites[site].name, name, name)}
         marker.replace_all_uses_with(out)
         gm.graph.erase_node(marker)
         _record(context, context.sites[site], out)

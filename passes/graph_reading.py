@@ -34,7 +34,13 @@ COPY_FUNCTIONS = {aten.contiguous.default, aten.clone.default, torch.clone}
 VIEW_METHODS = {"view", "reshape", "flatten", "unflatten"}
 VIEW_FUNCTIONS = {torch.reshape, torch.flatten, aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
-KEPT_META = ("stack_trace", "nn_module_stack")  # what a node that replaces another takes over
+TRACED = "lorafx_traced"  # the name of a node in the graph as it was traced
+KEPT_META = ("stack_trace", "nn_module_stack", TRACED)  # what a node that replaces another takes over
+
+
+def traced_name(node: fx.Node) -> str:
+    """The node of the traced graph that this one is, or has replaced."""
+    return node.meta.get(TRACED, node.name)
 
 
 def is_function(node: object, targets: set) -> bool:

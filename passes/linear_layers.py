@@ -48,6 +48,11 @@ class Weight:
     def in_features(self) -> int:
         return self.shape[0] if self.transposed else self.shape[1]
 
+    @property
+    def path(self) -> str:
+        """The input or the attribute that holds it."""
+        return self.attr if self.node is None else str(self.node.target)
+
     def flipped(self) -> Weight:
         return replace(self, transposed=not self.transposed)
 

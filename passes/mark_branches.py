@@ -22,9 +22,10 @@ from torch import fx
 from lorafx.passes.branch import Branch
 from lorafx.passes.context import PassContext
 from lorafx.passes.find_branches import find_branches
-from lorafx.passes.graph_reading import KEPT_META, example, is_cast
+from lorafx.passes.graph_reading import KEPT_META, example, is_cast, traced_name
 from lorafx.passes.linear_layers import Weight
 from lorafx.passes.naming import layer_name, module_path
+from lorafx.passes.record import STANDS_FOR, StandIn
 
 
 def mark_branches(gm: fx.GraphModule, context: PassContext) -> int:
@@ -33,9 +34,12 @@ def mark_branches(gm: fx.GraphModule, context: PassContext) -> int:
     context.record.skipped += found.skipped
     named = _names(gm, found.branches)
     replaced: dict[fx.Node, fx.Node] = {}
+    done = 0
     for branch, meta in zip(found.branches, named, strict=True):
-        _mark(gm, branch, replaced).meta["lorafx"] = meta
-    return len(found.branches)
+        if traced_name(branch.out) not in context.refused:
+            _mark(gm, branch, replaced, meta["name"]).meta["lorafx"] = meta
+            done += 1
+    return done
 
 
 def _names(gm: fx.GraphModule, branches: Sequence[Branch]) -> list[dict[str, Any]]:
@@ -56,7 +60,7 @@ def _names(gm: fx.GraphModule, branches: Sequence[Branch]) -> list[dict[str, Any
     return named
 
 
-def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node], name: str) -> fx.Node:
     out, y, x = branch.out, replaced.get(branch.y, branch.y), replaced.get(branch.x, branch.x)
     with gm.graph.inserting_before(out):
         promoted = _promotion(branch.y, out)
@@ -83,7 +87,18 @@ def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node]) 
     value = example(branch.y) if promoted is None or casts_back else example(out)
     if value is not None:
         marker.meta["example_value"] = value
-    for node in [*(out.users if casts_back else ()), out]:
+    results = [*(out.users if casts_back else ()), out]
+    marker.meta[STANDS_FOR] = StandIn(
+        name,
+        traced_name(results[0]),
+        traced_name(out),
+        traced_name(branch.y),
+        tuple(map(traced_name, branch.inside)),
+        branch.b.path,
+        branch.bias.path if branch.bias else None,
+        branch.scale,
+    )
+    for node in results:
         node.replace_all_uses_with(marker)
         gm.graph.erase_node(node)  # an in-place sum would survive dead code elimination
         replaced[node] = marker

@@ -87,6 +87,8 @@ def is_movable(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` may be computed elsewhere: it writes nothing and draws nothing."""
     if is_in_place(node) or _switches_context(node) or dropout_state(gm, node) == "active":
         return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # a graph of its own, which may draw
+        return False
     if isinstance(node.target, torch._ops.OpOverload):
         return torch.Tag.nondeterministic_seeded not in node.target.tags
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

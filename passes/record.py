@@ -53,6 +53,30 @@ class Sketch:
     boxes: tuple[Box, ...]
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """What one output of a fused op replaces, in ``meta[STANDS_FOR]`` of the node that takes it out of the op.
+
+    name: of the layer; result, out, y, inside: nodes of the graph as it was traced, by name: whose place the output
+    takes, what computes the sum, the base output in it ("" for a site, which is all of this itself), and what is
+    computed on the way from x, with x
+    b, bias: the weights of the second half, as inputs or attributes; None for a site, whose weights a bank has
+    factor: what the bias is multiplied by, as far as that is known
+    """
+
+    name: str
+    result: str
+    out: str
+    y: str = ""
+    inside: tuple[str, ...] = ()
+    b: str | None = None
+    bias: str | None = None
+    factor: float = 1.0
+
+
+STANDS_FOR = "lorafx_stands_for"
+
+
 @dataclass
 class PassRecord:
     """Counts and reasons of one run over one graph; op counts are by name, placeholders and outputs left out."""
@@ -64,6 +88,7 @@ class PassRecord:
     folded: int = 0  # layers of the model itself that went into a fused op
     sketches: tuple[Sketch, Sketch] | None = None  # the first layer with a branch, before and after
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # site -> shape of its input, as traced
+    proved: int | None = None  # branches and sites that gave the same on probe inputs; None: that was not asked for
 
 
 def count_ops(graph: fx.Graph) -> Counter[str]:

@@ -1,25 +1,31 @@
-"""Writes the tables of docs/coverage.md from the lists that the tests run through. `python -m tests.coverage_page`"""
+"""Writes the tables of docs/coverage.md from the lists that the tests run through. `python -m tests.coverage_page`
+
+`--measure` runs every family first, some minutes (`--measure llama t5`: these alone), and keeps what it measured in
+docs/coverage.json; without it the tables are made of what is kept there.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from tests import coverage_data
 from tests.integration import (
     test_convolutions,
     test_embeddings,
     test_errors,
-    test_families,
+    test_family_roads,
     test_generate,
     test_left_to_peft,
     test_peft_verbs,
 )
-from tests.integration.models import FAMILIES
+from tests.integration.families import FAMILIES
+from tests.integration.groups import FIRST
 from tests.kernels import cases, test_layer_ops
 from tests.passes import test_left_alone, test_spellings
 
@@ -28,16 +34,21 @@ PART = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 
 
 def families() -> str:
-    """One row for each family and choice of targets: which groups of one layer become one op."""
-    rows = []
-    for (name, targets), groups in test_families.GROUPS.items():
-        counted = Counter(" + ".join(group) for group in groups)
-        said = ", ".join(f"{group} (x{n})" if n > 1 else group for group, n in counted.items())
-        rows.append((type(FAMILIES[name].build(1)).__name__, targets, said))
-    others = {"float32 and bfloat16, a PeftModel in place": test_families.FAMILIES}
-    others['`backend="lorafx"` on plain PEFT'] = test_families.SMALL
-    also = [f"- {what}: {', '.join(names)}" for what, names in others.items()]
-    return "\n".join([table(("model", "targets", "groups of a layer, each one op"), rows), "", *also])
+    """One row for each family and choice of targets: which groups of its model become one op."""
+    head = ("family", "model", "targets", "layers", "groups, each one op", "branches fused", "left to PEFT")
+    always = ", ".join(FIRST)
+    others = [
+        f"- a PeftModel in place, q, k and v: {', '.join(FAMILIES)}",
+        f'- `backend="lorafx"` on plain PEFT, all-linear, float32 and bf16: {", ".join(test_family_roads.SMALL)}',
+        f"- run with every change, the others with `make slow`, but for q, k, v and all-linear in float32: {always}",
+    ]
+    return "\n".join([table(head, coverage_data.fused()), "", *others])
+
+
+def errors() -> str:
+    """One row for each case: how far from float64, lorafx beside PEFT."""
+    head = ("family", "targets", "base", "one adapter", "PEFT's", "mixed batch", "PEFT's")
+    return table(head, coverage_data.errors())
 
 
 def spellings() -> str:
@@ -79,7 +90,7 @@ def calls() -> str:
     )
 
 
-PARTS = {"families": families, "calls": calls, "spellings": spellings, "look_alikes": look_alikes}
+PARTS = {"families": families, "errors": errors, "calls": calls, "spellings": spellings, "look_alikes": look_alikes}
 
 
 def code_of(module: ModuleType, name: str) -> Iterable[tuple[str, str]]:
@@ -114,5 +125,10 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--measure", nargs="*", metavar="FAMILY", help="run the families first, all or these")
+    chosen = parser.parse_args().measure
+    if chosen is not None:
+        coverage_data.measure(chosen)
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import save_adapter
+from tests.integration.other_layers import ADAPTERS, build, with_adapters
 
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = "adapter_model.safetensors"
@@ -62,6 +63,16 @@ def test_json_is_what_peft_loads(lorafx_command, sql, model, tmp_path):
         assert layer["shapes"]["bias"] == list(theirs.lora_B["default"].bias.shape)
     assert found["bytes"] == sum(t.nbytes for t in load_file(folder / WEIGHTS).values())
     assert (found["problems"], found["left_to_peft"]) == ([], [])
+
+
+def test_embeddings_and_convolutions(lorafx_command, tmp_path):
+    made = with_adapters(build(), {"a": ADAPTERS["a"]})
+    made.save_pretrained(str(tmp_path))
+    code, out, _ = lorafx_command("inspect", tmp_path / "a")
+    assert code == 0
+    assert "labels   10->6" in out
+    assert "strided  3x3x3->8" in out
+    assert out.splitlines()[-1] == "sound"
 
 
 def test_an_untrained_one(lorafx_command, tmp_path):

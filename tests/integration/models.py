@@ -1,169 +1,27 @@
-"""Tiny models of many families, adapters for them, and the plain PEFT model that every result is compared with."""
+"""Adapters for tiny models, and the plain PEFT model that every result is compared with."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import lorafx
 
+from .families import FAMILIES as FAMILIES
+from .families import LLAMA as LLAMA
+from .families import TOKENS as TOKENS
+from .families import VOCABULARY as VOCABULARY
+from .families import Family as Family
+from .families import noise as noise
+from .families import tokens as tokens
+
 EAGER_GRAPH = {"inductor": False}  # the rewritten graph, run as it is
-VOCABULARY = 96
-TOKENS = 7
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build one kind of model, what to feed it, and which layers are its q, k and v."""
-
-    model: Callable[[int], nn.Module]  # layers -> model
-    inputs: Callable[[int], dict[str, Tensor]]  # rows -> keyword arguments
-    qkv: tuple[str, ...]
-    layers: int = 2
-
-    def build(self, layers: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
-        """The same weights each time, in eval mode."""
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self.model(layers or self.layers).eval().to(dtype)
-
-
-def tokens(rows: int, columns: int = TOKENS, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (rows, columns), generator=generator)
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-
-
-def _ids(rows: int) -> dict[str, Tensor]:
-    return {"input_ids": tokens(rows)}
-
-
-def _decoder(kind: str, **config: Any) -> Callable[[int], nn.Module]:
-    """A causal model whose config has Llama's names."""
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-
-    def make(layers: int) -> nn.Module:
-        values = {**common, **config, "num_hidden_layers": layers}
-        return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values))
-
-    return make
-
-
-def _gpt2(layers: int) -> nn.Module:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=64, eos_token_id=None
-        )
-    )
-
-
-def _bert(layers: int) -> nn.Module:
-    return transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=64,
-        )
-    )
-
-
-def _t5(layers: int) -> nn.Module:
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=layers,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    )
-
-
-def _vit(layers: int) -> nn.Module:
-    return transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=4,
-        )
-    )
-
-
-def _whisper(layers: int) -> nn.Module:
-    return transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            num_mel_bins=8,
-            max_source_positions=10,
-            max_target_positions=32,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    )
-
-
-FAMILIES = {
-    "llama": Family(_decoder("Llama"), _ids, ("q_proj", "k_proj", "v_proj")),
-    "qwen2": Family(_decoder("Qwen2"), _ids, ("q_proj", "k_proj", "v_proj")),
-    "gpt2": Family(_gpt2, _ids, ("c_attn",)),
-    "phi3": Family(_decoder("Phi3"), _ids, ("qkv_proj",)),
-    "bert": Family(_bert, _ids, ("query", "key", "value")),
-    "t5": Family(_t5, lambda rows: {**_ids(rows), "decoder_input_ids": tokens(rows, 4, seed=3)}, ("q", "k", "v")),
-    "mixtral": Family(
-        _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), _ids, ("q_proj", "k_proj", "v_proj")
-    ),
-    "vit": Family(_vit, lambda rows: {"pixel_values": noise(rows, 3, 16, 16)}, ("q_proj", "k_proj", "v_proj")),
-    "whisper": Family(
-        _whisper,
-        lambda rows: {"input_features": noise(rows, 8, 20), "decoder_input_ids": tokens(rows, 4, seed=3)},
-        ("q_proj", "k_proj", "v_proj"),
-    ),
-}
-LLAMA = FAMILIES["llama"]
-
 
 # ------------------------------------------------------------------------------------------------ adapters
 
@@ -222,8 +80,10 @@ def adapted_layers(peft_model: nn.Module) -> set[str]:
 
 
 def main_output(output: Any) -> Tensor:
-    """Logits, or the last hidden state of a model without a head."""
-    return output.logits if "logits" in output else output.last_hidden_state
+    """Logits, a sample, the embeddings of two towers, or the last hidden state of a model without a head."""
+    if "text_embeds" in output:
+        return torch.cat([output.text_embeds, output.image_embeds], -1)
+    return next(output[name] for name in ("logits", "sample", "last_hidden_state") if name in output)
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from tests.passes.toys import assert_fused, inputs, siblings
+import lorafx
+from tests.passes.toys import Site, Wrap, assert_fused, inputs, lora, siblings
 
 RANKS = {
     "3x8": (8, 8, 8),
@@ -34,3 +37,11 @@ def test_odd_widths(widths):
 
 def test_rank_above_the_widths():
     assert_fused("fx with inputs", siblings(2, ranks=(32, 40)), inputs(), groups=[2])
+
+
+def test_fuse_leaves_the_counter_of_a_batch_norm_alone():
+    """Learning the shapes of a graph in training ran its batch norms, which count batches in a real number."""
+    model = Wrap(lambda m, x: m.norm(m.site(x)), lambda m, x: None, site=Site(lora, 10, 6, 2), norm=nn.BatchNorm1d(6))
+    model.train().site.drop.p = 0.0
+    lorafx.fuse(torch.fx.symbolic_trace(model), (inputs(10, 5),))
+    assert model.norm.num_batches_tracked == 0

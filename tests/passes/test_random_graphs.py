@@ -1,85 +1,57 @@
-"""Random models with LoRA branches woven in: whatever the passes make of them computes the same."""
+"""Random graphs with LoRA branches woven in: see ``random_graphs.py``, which tries thousands by one command."""
 
 from __future__ import annotations
 
-import random
+import copy
+from collections import Counter
 
+import hypothesis
 import pytest
 import torch
-from torch import Tensor, nn
 
-import lorafx
-from tests.passes.test_spellings import SPELLINGS
-from tests.passes.toys import SHAPED_LIKE_X as SPARE
-from tests.passes.toys import Site, fused_by, inputs, lora
+from lorafx.kernels import aten
+from tests.passes.random_graphs import Plan, Program, Step, assert_like, check, fused_layers, given_to, run, try_many
+from tests.passes.toys import fused_by
 
-GRAPHS, WIDTH, STEPS = 100, 6, 9
+CHUNKS, GRAPHS = 4, 60
 
 
-class Random(nn.Module):
-    """A list of steps on a pool of tensors of one shape, drawn once; every value counts in the result."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        draw = random.Random(seed)
-        self.sites = nn.ModuleList(
-            Site(
-                SPELLINGS[draw.choice(sorted(SPELLINGS))], WIDTH, WIDTH, draw.randint(1, 3), bias=True, lora_bias=False
-            )
-            for _ in range(STEPS + 3)
-        )
-        kinds = ["site", "site", "siblings", "siblings", "late", *SPARE]
-        self.steps = [(draw.choice(kinds), draw.random(), draw.random(), draw.randint(2, 4)) for _ in range(STEPS)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        pool = [x * 1.0]  # writes in place must not reach the caller's x
-        sites = iter(self.sites)
-        for kind, one, two, count in self.steps:
-            left, right = pool[int(one * len(pool))], pool[int(two * len(pool))]
-            if kind == "site":
-                pool.append(next(sites)(left))
-            elif kind == "siblings":
-                for site in list(self.sites)[:count]:
-                    pool.append(site(left))
-                    pool.append(torch.tanh(pool[-1] if two < 0.5 else right))
-            elif kind == "late":  # base outputs first, then something else, then the branches
-                pair = list(self.sites)[-2:]
-                bases = [site.base_layer(left) for site in pair]
-                pool.append(right + bases[0] if one < 0.5 else torch.tanh(left))
-                pool += [y + lora(site, left) - site.base_layer(left) for y, site in zip(bases, pair, strict=True)]
-                pool += [y + site.lora_b(site.lora_a(left)) for y, site in zip(bases, pair, strict=True)]
-            else:
-                pool.append(SPARE[kind](left, right))
-        total = pool[0]
-        for i, value in enumerate(pool[1:]):
-            total = total + torch.tanh(value) * (i + 1)
-        return total
+@pytest.mark.parametrize("seed", range(CHUNKS))
+def test_rewritten_graphs_compute_the_same_and_nothing_else_is_fused(seed):
+    total = try_many(GRAPHS, seed)
+    assert total["graphs"] >= GRAPHS
+    assert total["branches"] > GRAPHS
+    assert total["left"] > GRAPHS / 4
 
 
-def model_of(seed: int) -> Random:
-    return Random(seed).double().eval()
-
-
-@pytest.mark.parametrize("chunk", range(10))
-def test_rewritten_graphs_compute_the_same(chunk):
-    found = 0
-    for seed in range(chunk, GRAPHS, 10):
-        model, x = model_of(seed), inputs(WIDTH, dtype=torch.float64)
-        traced = torch.fx.symbolic_trace(model)
+def test_rewritten_graphs_of_dynamo_compute_the_same():
+    def checked(plan: Plan) -> dict[str, int]:
+        hypothesis.assume(any(not step.kind.startswith("other") for step in plan.steps))  # there are weights
+        program, given = Program(plan), given_to(plan)
+        expected = program.expected()
         with torch.no_grad():
-            expected = traced(x)  # a traced x += y is x + y: not the model, but its graph is what is rewritten
-            for examples in (None, (x,)):
-                fused, report = lorafx.fuse(traced, examples)
-                found += len(report.groups)
-                torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9, msg=f"seed {seed}")
-    assert found > 20
+            plain = run(program, given)
+            truth = run(copy.deepcopy(program).double(), given) if plan.mixed else plain
+            fused, report = fused_by("dynamo", program, *(tensor.clone() for tensor in given))
+            assert_like(run(fused, given), plain, truth)
+        found = fused_layers(report)
+        assert found == expected, f"fused {found}, expected {expected}; skipped: {report.skipped}"
+        return {"graphs": 1, "branches": found.total()}
+
+    assert try_many(6, 5, checked, shrink=False)["branches"] > 6
 
 
-@pytest.mark.parametrize("seed", range(1000, 1005))
-def test_rewritten_graphs_of_dynamo_compute_the_same(seed):
-    model, x = model_of(seed), inputs(WIDTH, dtype=torch.float64)
-    with torch.no_grad():
-        fused, report = fused_by("dynamo", model, x)
-        assert report.groups
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
+def test_a_wrong_expectation_is_noticed(monkeypatch):
+    """The check can fail: one branch more than there is, one that nobody expected, other numbers."""
+    plan = Plan(1, False, "", (Step("siblings", 0, 0, 0, 1), Step("not: an MLP", 1, 0, 2, 2)))
+    assert check(plan)["branches"] == 2
+    honest = Program.expected
+    for place, times in ((2, 1), (0, -1)):  # an MLP's layer, one branch less
+        monkeypatch.setattr(Program, "expected", lambda self, p=place, t=times: honest(self) + Counter({p: t}))
+        with pytest.raises(AssertionError, match="expected"):
+            check(plan)
+    monkeypatch.setattr(Program, "expected", honest)
+    product = aten._add_product
+    monkeypatch.setattr(aten, "_add_product", lambda y, s, b: product(y, s * 1.001, b))
+    with pytest.raises(AssertionError):
+        check(plan)
