@@ -132,6 +132,7 @@ class Dora:
 
     def _held_for(self, path: str, site: SiteWeights) -> Held:
         layer, tables = base_layer(self.root, path), site.magnitude.tables
+        check_layer(path, layer)
         own = tables[0] if tables else {"weight": site.magnitude.weight}
         return Held(site.magnitude, site.scale, (layer._parameters, own), tables[1:])
 
@@ -181,14 +182,19 @@ def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
     return torch.cat(parts)
 
 
-def base_layer(root: nn.Module, path: str) -> nn.Module:
-    """The layer of the model itself."""
-    layer = root.get_submodule(path)
+def base_layer(root: nn.Module, path: str) -> nn.Module | None:
+    """The layer of the model itself; None where it has none, but computes this as a part of a fused one."""
+    try:
+        layer = root.get_submodule(path)
+    except AttributeError:
+        return None
     return getattr(layer, "base_layer", layer)
 
 
-def unreadable(layer: nn.Module) -> str | None:
+def unreadable(layer: nn.Module | None) -> str | None:
     """Why the norms of this layer's weight can't be computed; None if they can."""
+    if layer is None:
+        return "it is a part of a fused layer"
     weight = layer._parameters.get("weight")
     if not isinstance(layer, (nn.Linear, Conv1D)) or weight is None:
         return f"it is a {type(layer).__name__}"
@@ -197,12 +203,12 @@ def unreadable(layer: nn.Module) -> str | None:
     return None
 
 
-def check_layer(path: str, layer: nn.Module) -> None:
+def check_layer(path: str, layer: nn.Module | None) -> None:
     """UnsupportedModelError: a layer whose weight can't be read, so that no norm can be computed"""
     if reason := unreadable(layer):
         raise UnsupportedModelError(
             f"DoRA on {path} needs the norms of that layer's weight, and {reason}. Use an adapter without DoRA there,"
-            " or a base model that is not quantised."
+            " or a base model that is neither quantised nor fused there."
         )
 
 

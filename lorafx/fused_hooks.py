@@ -88,6 +88,7 @@ class FusedSites:
         """The parts among the bank's sites, after its store or the model's layers have changed."""
         sites = {site.name: site.out_features for site in self.runtime.bank.store.sites}
         self.parts = self.fusions.find(self.runtime.root, sites, "what is loaded")
+        self.runtime.bank.parts = frozenset(self.parts)
         self._watched, self._seen = self._find_watched(), []
         self._seen = self._look()
         return self.parts

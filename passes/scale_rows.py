@@ -13,17 +13,19 @@ from torch import fx
 import lorafx.kernels.row_factors  # noqa: F401  (defines the ops)
 from lorafx.passes.attach_inputs import RoutedInput, attach_input
 from lorafx.passes.context import PassContext
-from lorafx.passes.graph_reading import KEPT_META
+from lorafx.passes.graph_reading import KEPT_META, traced_name
+from lorafx.passes.record import STANDS_FOR, StandIn
 
 MAGNITUDE = torch.ops.lorafx.magnitude.default
 
 
 def scale_rows(gm: fx.GraphModule, context: PassContext) -> int:
-    """Returns how many markers were written out. Markers of another bank stay, and run eagerly."""
+    """Returns how many markers were written out. Those of another bank, or of a site that is a symbol, run eagerly."""
     done = 0
     for node in gm.graph.find_nodes(op="call_function", target=MAGNITUDE):
         y, bias, key, index = node.args
-        if key != context.bank_key or not isinstance(index, int):
+        name = traced_name(node)
+        if key != context.bank_key or not isinstance(index, int) or name in context.refused:
             continue
         site = context.sites[index]
         rows, start = context.factors[site.name]
@@ -41,6 +43,7 @@ def scale_rows(gm: fx.GraphModule, context: PassContext) -> int:
             )
             out = gm.graph.call_function(torch.ops.lorafx.scaled_rows.default, (y, bias, table, slots, count))
         out.meta = {name: value for name, value in node.meta.items() if name in (*KEPT_META, "example_value")}
+        out.meta[STANDS_FOR] = StandIn(site.name, name, name)
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
         done += 1
