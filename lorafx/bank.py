@@ -85,7 +85,6 @@ class AdapterBank:
         self._read: AdapterReader | None = None  # how adapters are read for this model
         self.saved = SavedModules()  # modules that adapters have copies of
         self._root: nn.Module | None = None  # whose layers these are
-        self.parts: Collection[str] = ()  # sites that a fused layer computes now
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
         self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
         self._follow: Callable[[], None] = lambda: None  # brings the bank up to PEFT's layers
@@ -173,9 +172,7 @@ class AdapterBank:
     def check_rows(self, selection: Selection) -> None:
         """UnsupportedModelError: adapters that can't share a row, or can't be weighted"""
         if reason := self.unfit(selection):
-            raise UnsupportedModelError(
-                f"{reason}. Use such an adapter alone on its row, and with weight 1, on layers that are not fused."
-            )
+            raise UnsupportedModelError(f"{reason}. Use such an adapter alone on its row, and with weight 1.")
 
     def unfit(self, selection: Selection) -> str | None:
         """Why some row of ``selection`` asks for what can't be fused; None if none does."""
@@ -189,9 +186,6 @@ class AdapterBank:
                 return f"{dora[0]} has DoRA, which scales what the adapters beside it give"
             if dora and row[0][1] != 1.0:
                 return f"{dora[0]} has DoRA, whose norms are those of weight 1"
-            fused = [path for name in dora for path in self.store.dora.held[self._slots[name]] if path in self.parts]
-            if fused:
-                return f"{dora[0]} has DoRA on {fused[0]}, which is a part of a fused layer now"
         return None
 
     def _known(self, selection: Selection) -> Selection:

@@ -17,7 +17,7 @@ from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels.saved import set_saved_forward
 from lorafx.saved_modules import needs_gradients
-from lorafx.sites import refusal, rows_unknown
+from lorafx.sites import MARKERS, refusal, rows_unknown
 
 
 class AdaptedWrapper(ModulesToSaveWrapper):
@@ -116,3 +116,4 @@ def _op_forward(y: Tensor, x: Tensor, key: int, place: int) -> Tensor:
 
 
 set_saved_forward(_op_forward)
+MARKERS[torch.ops.lorafx.saved.default] = _op_forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -10,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 import lorafx
-from lorafx import dora
+from lorafx import dora, passes
+from tests.integration.fused_models import fused_llama
 from tests.integration.models import (
     EAGER_GRAPH,
     FAMILIES,
@@ -144,6 +146,79 @@ def test_inductor_computes_the_same(tmp_path, lowering):
     assert delta_error(got, expected, base) <= 1e-5
     assert torch.equal(got[1], base[1])
     assert len(lorafx.explain(model).graphs) == 1
+
+
+class Deep(torch.nn.Module):
+    """Layers that share one compiled part."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Two() for _ in range(4))
+        for layer in self.layers:
+            layer.second = torch.nn.Linear(24, 16)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
+def test_layers_that_share_a_part_keep_factors_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafx.outlined.compile_whole", lambda gm, inputs, patches: gm.forward)
+    torch.manual_seed(1)
+    reference = get_peft_model(Deep(), config(use_dora=True, target_modules=["first", "second"]))
+    away_from_one(reference).eval().save_pretrained(str(tmp_path))
+    model, x = lorafx.compile(Deep(), {"one": tmp_path}), torch.randn(2, 16)
+    with torch.no_grad():
+        base = model(x, adapter_names=[None, None])
+        assert delta_error(model(x), reference(x), base) <= 1e-5
+    assert lorafx.explain(model).graphs[0].outlined == 3
+
+
+# ------------------------------------------------------------------------------------------------ proved
+
+
+def no_bias(gm, node):
+    node.update_arg(1, None)
+
+
+def rows_of_the_neighbour(gm, node):
+    node.update_arg(3, gm.graph.call_function(torch.roll, (node.args[3], 1, 0)))
+
+
+def other_way(gm, node):
+    node.update_arg(2, gm.graph.call_function(torch.neg, (node.args[2],)))
+
+
+def sizes_alone(gm, node):
+    node.update_arg(2, gm.graph.call_function(torch.zeros_like, (node.args[2],)))
+
+
+@pytest.mark.parametrize("bug", [no_bias, rows_of_the_neighbour, other_way, sizes_alone], ids=lambda bug: bug.__name__)
+def test_a_wrong_rewrite_is_undone(tmp_path, monkeypatch, bug):
+    def wrong(gm, context):
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.lorafx.scaled_rows.default):
+            if node.meta["lorafx_stands_for"].name == "first":
+                with gm.graph.inserting_before(node):
+                    bug(gm, node)
+        return 0
+
+    torch.manual_seed(1)
+    reference = get_peft_model(Two(), config(use_dora=True, target_modules=["first", "second"]))
+    away_from_one(reference).eval().save_pretrained(str(tmp_path))
+    monkeypatch.setattr(passes, "REWRITE", (*passes.REWRITE[:-1], wrong, passes.REWRITE[-1]))
+    x, names = torch.randn(4, 16), ["one", None, None, "one"]
+    with torch.no_grad():
+        model = lorafx.compile(Two(), {"one": tmp_path}, options=EAGER_GRAPH)
+        base, got = model(x, adapter_names=[None] * 4), model(x, adapter_names=names)
+        assert delta_error(got[[0, 3]], reference(x)[[0, 3]], base[[0, 3]]) <= 1e-5
+        assert torch.equal(got[1:3], base[1:3])
+    report = lorafx.explain(model)
+    assert [skipped.name for skipped in report.skipped] == ["first"]
+    assert report.graphs[0].passes.after["lorafx.magnitude"] == 1
+    assert report.graphs[0].passes.after["lorafx.scaled_rows"] == 1
+    assert report.graphs[0].passes.after["lorafx.routed_lora"] == 2
 
 
 def test_the_graph_has_no_marker_left_and_no_break(folders):
@@ -439,6 +514,49 @@ def test_gradients_through_a_frozen_adapter(folders):
         each(inputs_embeds=embeds).logits.square().sum().backward()
         grads.append(embeds.grad)
     assert difference(*grads) <= 1e-5
+
+
+def test_gradients_of_rows_with_adapters_of_their_own(folders):
+    """Under gradient checkpointing: the backward computes layers again when the call, and what it chose, is over."""
+    model = lorafx.compile(LLAMA.build(LAYERS), folders, options=EAGER_GRAPH).requires_grad_(False)
+    reference = with_peft(LLAMA.build(LAYERS), folders).requires_grad_(False)
+    grads = []
+    for each in (model, reference):
+        embeds = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+        if each is model:
+            each.train().gradient_checkpointing_enable({"use_reentrant": False})
+            each(inputs_embeds=embeds, adapter_names=NAMES).logits.square().sum().backward()
+        else:  # PEFT does not mix DoRA: one row after the other
+            for i, name in enumerate(NAMES):
+                with each.disable_adapter() if name is None else contextlib.nullcontext():
+                    each.set_adapter(name or "one")
+                    each.requires_grad_(False)
+                    each(inputs_embeds=embeds[i : i + 1]).logits.square().sum().backward()
+        grads.append(embeds.grad)
+    assert difference(*grads) <= 1e-5
+    (done,) = [g.passes for g in lorafx.explain(model).graphs if g.passes.after["tag_activation_checkpoint"]]
+    assert (done.after["lorafx.magnitude"], done.after["lorafx.scaled_rows"]) == (0, len(model.lora.store.sites))
+    assert done.skipped == []
+
+
+def test_a_part_of_a_fused_layer_is_refused_by_name(folders, tmp_path):
+    torch.manual_seed(5)
+    away_from_one(get_peft_model(LLAMA.build(), config(use_dora=True, target_modules=["q_proj"]))).save_pretrained(
+        str(tmp_path / "parts")
+    )
+    get_peft_model(LLAMA.build(), config(target_modules=["q_proj", "o_proj"])).save_pretrained(str(tmp_path / "plain"))
+    away_from_one(get_peft_model(LLAMA.build(), config(use_dora=True, target_modules=["o_proj"]))).save_pretrained(
+        str(tmp_path / "whole")
+    )
+    said = r"DoRA on model.layers.0.self_attn.q_proj needs the norms .* is a part of a fused layer"
+    with pytest.raises(lorafx.UnsupportedModelError, match=said):
+        lorafx.compile(fused_llama(), {"parts": tmp_path / "parts"}, mode="eager")
+    model = lorafx.compile(fused_llama(), {"plain": tmp_path / "plain"}, max_adapters=2, mode="eager")
+    with pytest.raises(lorafx.UnsupportedModelError, match=said):
+        model.lora.load("parts", tmp_path / "parts")
+    model.lora.load("whole", tmp_path / "whole")  # another layer, whose weight is its own
+    reference = with_peft(LLAMA.build(), {"whole": tmp_path / "whole", "plain": tmp_path / "plain"})
+    check(model, reference, names=["whole", None, "plain", "whole"])
 
 
 def test_bfloat16_is_no_further_from_float64_than_peft(folders):

@@ -338,6 +338,19 @@ def test_gradients_through_a_frozen_copy(folders):
     assert difference(*grads) <= 1e-5
 
 
+def test_gradients_of_rows_with_copies_of_their_own(folders):
+    """The backward comes when the call, and what it chose, is over."""
+    model = lorafx.compile(build(SCORE), folders, options=EAGER_GRAPH).requires_grad_(False)
+    reference = with_peft(SCORE, folders).requires_grad_(False)
+    names = ["one", "__base__", "two"]
+    grads = []
+    for each in (model, reference):
+        embeds = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+        each(inputs_embeds=embeds, adapter_names=names).logits.square().sum().backward()
+        grads.append(embeds.grad)
+    assert difference(*grads) <= 1e-5
+
+
 def test_moves_and_copies(folders):
     model = lorafx.compile(build(SCORE), folders, mode="eager")
     reference = with_peft(SCORE, folders)
