@@ -97,11 +97,10 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
         inject_adapter_in_model(config, bare, adapter_name=NAME)
     layers, wrappers = _adapted_layers(name, bare), _wrappers(name, bare)
     before = _named_tensors(bare)
-    named = _without_prefix(name, bare, wrappers, tensors)
     vars(bare)["load_state_dict"] = partial(nn.Module.load_state_dict, bare, assign=True)
     try:
         with _said_by_peft(name, bare, "the shapes of this model"):
-            result = set_peft_model_state_dict(bare, named, adapter_name=NAME)
+            result = set_peft_model_state_dict(bare, _without_prefix(name, bare, wrappers, tensors), adapter_name=NAME)
     finally:
         del vars(bare)["load_state_dict"]
     ours = (".lora_", ".modules_to_save.")

@@ -317,9 +317,12 @@ EDITS = [
     merged_and_back,
     exchanged,
 ]
+SLOW_EDITS = [state_dict_loaded, half_and_back]  # like others here
 
 
-@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(
+    "edit", [pytest.param(e, marks=[pytest.mark.slow] * (e in SLOW_EDITS)) for e in EDITS], ids=lambda e: e.__name__
+)
 def test_edits_of_pefts_weights_are_seen_without_a_new_trace(folders, edit):
     model, reference = (with_peft(LLAMA.build(LAYERS), folders) for _ in range(2))
     lorafx.compile(model, options=EAGER_GRAPH)

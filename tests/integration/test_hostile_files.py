@@ -137,7 +137,7 @@ def test_fields_of_the_wrong_kind(field, value, folder, live):
     settings = json.loads(config_of(folder).read_text())
     text = json.dumps({**settings, field: value}).replace("Infinity", "1e400")
     config_of(folder).write_text(text)
-    assert_refused(live, folder, FORMAT, r"'(bad|b)'.*(expected|lorafx runs|can't run|not a LoraConfig)")
+    assert_refused(live, folder, FORMAT, r"'(bad|b)'.*(expected|lorafx runs|does not run|can't run|not a LoraConfig)")
 
 
 PATTERNS = {

@@ -54,6 +54,7 @@ KINDS = {  # model, fields of the adapters that bring modules, their layers
     "norm": (lambda: llama("CausalLM"), {"modules_to_save": ["input_layernorm"]}, ["q_proj"]),
 }
 SCORE = "llama score"
+SLOW = {"tied lm_head", "embeddings", "roberta head"}  # like others here
 
 
 def build(kind):
@@ -120,7 +121,7 @@ def check(model, reference, names=NAMES):
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["plain", "peft"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS])
 def test_rows_go_through_their_own_copies(kind, peft, tmp_path):
     folders = save_three(kind, tmp_path)
     reference = with_peft(kind, folders)
