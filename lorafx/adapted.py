@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lorafx import adapted_quantised, hotswap
@@ -22,7 +23,7 @@ from lorafx.kernels.layer_ops import rows_shape
 from lorafx.layer_kinds import describe, mark
 from lorafx.peft_tensors import all_parameters, names_on
 from lorafx.selection import Selection
-from lorafx.sites import apply_behind, check_rows
+from lorafx.sites import apply_behind, apply_dora, check_rows, marked
 
 
 class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which asks for nn.Module's memory layout
@@ -31,6 +32,7 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
     _lorafx_bank: AdapterBank
     _lorafx_site: int
     _lorafx_spoken: object  # another one after each set_adapter that PEFT did not call by itself
+    _lorafx_dora: bool  # any adapter may have DoRA here
     _lorafx_drops: bool  # any of its adapters has dropout
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -40,6 +42,8 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             if needs_gradients(self):  # the branch finder takes PEFT's own branches, with their parameters
                 return super().forward(x, *args, **kwargs)
             y = self.base_layer(x, *args, **kwargs)
+            if self._lorafx_dora:
+                return marked(y, x, self.base_layer.bias, self._lorafx_bank.key, self._lorafx_site)
             return mark(self.base_layer, y, x, self._lorafx_bank.key, self._lorafx_site)
         chosen = self._lorafx_bank.chosen
         if chosen is None or self.disable_adapters:
@@ -52,6 +56,8 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
         if needs_gradients(self):
             return self._with_gradients(chosen, x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
+        if self._lorafx_dora:
+            return apply_dora(self._lorafx_bank, self._lorafx_site, y, x, self.base_layer.bias)
         return apply_behind(self.base_layer, self._lorafx_bank, self._lorafx_site, y, x)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -75,7 +81,11 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
         for i, row in enumerate(selection):
             mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
             for name, weight in row:
-                if name in names_on(self):
+                if name in self.lora_variant:
+                    drawn = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+                    scaled = self.lora_variant[name].forward(self, active_adapter=name, x=drawn, result=result)
+                    result = torch.where(mine, scaled, result)
+                elif name in names_on(self):
                     delta = self._delta(name, x) * (self.scaling[name] * weight)
                     result = result + torch.where(mine, delta, 0)
         return result.to(y.dtype)
@@ -117,18 +127,24 @@ def is_supported(layer: object) -> bool:
     return type(layer) in ADAPTED or type(layer) in PLAIN
 
 
+def other_variants(layer: LoraLayer) -> list[str]:
+    """Kinds of LoRA on this layer that are neither plain LoRA nor DoRA, each once."""
+    return sorted({type(v).__name__ for v in layer.lora_variant.values() if type(v) is not DoraLinearVariant})
+
+
 def adapt(layer: LoraLayer, bank: AdapterBank, site: int) -> None:
     """Give ``layer`` the class of ours, and its place in the bank."""
     hotswap.mend(Adapted)
     layer.__class__ = ADAPTED.get(type(layer), type(layer))
-    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site)
+    dora = bank.store.dora is not None and bank.store.sites[site].name in bank.store.dora.sites
+    vars(layer).update(_lorafx_bank=bank, _lorafx_site=site, _lorafx_dora=dora)
     vars(layer).setdefault("_lorafx_spoken", object())
 
 
 def release(layer: Adapted) -> None:
     """Undo ``adapt``."""
     layer.__class__ = PLAIN[type(layer)]
-    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_spoken", "_lorafx_drops"):
+    for name in ("_lorafx_bank", "_lorafx_site", "_lorafx_dora", "_lorafx_spoken", "_lorafx_drops"):
         vars(layer).pop(name, None)
 
 
@@ -138,4 +154,7 @@ def needs_gradients(layer: LoraLayer) -> bool:
     drops = layer.training and getattr(layer, "_lorafx_drops", True)
     if drops and any(getattr(drop, "p", 0) > 0 for drop in layer.lora_dropout.values()):
         return True
-    return torch.is_grad_enabled() and any(p.requires_grad for p in all_parameters(layer))
+    if not torch.is_grad_enabled():  # what is read below would be guarded
+        return False
+    magnitudes = (p for module in layer.lora_magnitude_vector.values() for p in module.parameters())
+    return any(p.requires_grad for p in (*all_parameters(layer), *magnitudes))

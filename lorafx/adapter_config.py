@@ -94,7 +94,7 @@ def check_config(name: str, values: Mapping[str, Any]) -> LoraConfig:
     # fields that only PEFT of another version knows are left out, as PEFT leaves them out
     known = {key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__}
     known.pop("runtime_config", None)
-    for field in ("target_modules", "exclude_modules"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(known.get(field), (tuple, set, frozenset)):
             known[field] = sorted(known[field])
     _check_patterns(name, known)
@@ -137,6 +137,7 @@ def _check_patterns(name: str, known: Mapping[str, Any]) -> None:
         ("target_modules", "{}", [known["target_modules"]] if isinstance(known.get("target_modules"), str) else ()),
         ("exclude_modules", "{}", [known["exclude_modules"]] if isinstance(known.get("exclude_modules"), str) else ()),
         ("layers_pattern", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", [layers] if isinstance(layers, str) else layers),
+        ("modules_to_save", r"(^|.*\.){}($|\..*)", known.get("modules_to_save") or ()),
         ("rank_pattern", r"(.*\.)?({})$", known.get("rank_pattern", ())),
         ("alpha_pattern", r"(.*\.)?({})$", known.get("alpha_pattern", ())),
     ):

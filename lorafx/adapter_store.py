@@ -318,6 +318,11 @@ class AdapterStore:
     def _read(self, name: str) -> AdapterWeights:
         source, started = self._source(name), time.perf_counter()
         weights = self._attached().read(source, name)
+        if weights.saved:
+            raise UnsupportedModelError(
+                f"adapter {name!r} brings its own {next(iter(weights.saved))} (modules_to_save), which an AdapterStore"
+                " does not move: load it with model.lora.load, where it stays."
+            )
         with self._counting:
             self.stats.bytes_read += weights.nbytes
             self.stats.seconds_reading += time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy
 import torch
@@ -23,10 +24,23 @@ class SiteShape:
     out_features: int
     bias: bool
     scale: float
+    dora: bool = False
 
     @property
     def elements(self) -> int:
-        return self.rank * (self.in_features + self.out_features) + self.bias * self.out_features
+        return self.rank * (self.in_features + self.out_features) + (self.bias + self.dora) * self.out_features
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """What a DoRA adapter has at one layer besides A and B.
+
+    weight: ``[out]``; tables: where it is PEFT's, the ``_parameters`` of its module, of A's and of B's, in which edits
+    in place are noticed
+    """
+
+    weight: Tensor
+    tables: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,24 +48,31 @@ class SiteWeights:
     """One adapted layer: ``y + scale * ((x @ a.T) @ b.T + bias)``.
 
     a: ``[rank, in]``; b: ``[out, rank]``; bias: ``[out]`` or None (PEFT's ``lora_bias``); scale: alpha / rank, or
-    alpha / sqrt(rank) with rsLoRA, as PEFT computed it
+    alpha / sqrt(rank) with rsLoRA, as PEFT computed it; magnitude: of DoRA (``kernels/row_factors.py`` says what it
+    makes of that)
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None
     scale: float
+    magnitude: Magnitude | None = None
 
     @property
     def shape(self) -> SiteShape:
-        return SiteShape(self.a.shape[0], self.a.shape[1], self.b.shape[0], self.bias is not None, self.scale)
+        bias, dora = self.bias is not None, self.magnitude is not None
+        return SiteShape(self.a.shape[0], self.a.shape[1], self.b.shape[0], bias, self.scale, dora)
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
     def tensors(self) -> list[Tensor]:
+        """What stands in packed memory."""
         return [self.a, self.b] + ([] if self.bias is None else [self.bias])
+
+    def all_tensors(self) -> list[Tensor]:
+        return self.tensors() + ([] if self.magnitude is None else [self.magnitude.weight])
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,7 @@ class AdapterOutline:
     name: str
     sites: Mapping[str, SiteShape]
     read: Callable[[], AdapterWeights] = field(repr=False)
+    saved: tuple[str, ...] = ()  # modules of the model that it has its own copies of
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -79,6 +101,7 @@ class AdapterWeights:
     sites: Mapping[str, SiteWeights]
     flat: Tensor | None = field(default=None, repr=False)  # where it is packed: the memory of all sites
     layout: Layout | None = field(default=None, repr=False)  # and where each stands in it
+    saved: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)  # own modules, by path, by name
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -91,7 +114,7 @@ class AdapterWeights:
 
     @property
     def outline(self) -> AdapterOutline:
-        return AdapterOutline(self.name, self.shapes, lambda: self)
+        return AdapterOutline(self.name, self.shapes, lambda: self, tuple(self.saved))
 
     @cached_property
     def scales(self) -> numpy.ndarray:
@@ -100,10 +123,10 @@ class AdapterWeights:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for site in self.sites.values() for t in site.tensors())
+        return sum(t.numel() * t.element_size() for site in self.sites.values() for t in site.all_tensors())
 
     def elements(self) -> int:
-        return sum(t.numel() for site in self.sites.values() for t in site.tensors())
+        return sum(t.numel() for site in self.sites.values() for t in site.all_tensors())
 
     @torch.no_grad()
     def packed(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
@@ -124,13 +147,15 @@ class AdapterWeights:
                 rows.copy_(site.b.t()).t(),
                 None if site.bias is None else bias[: site.bias.numel()].copy_(site.bias),
                 site.scale,
+                site.magnitude,
             )
-        return AdapterWeights(self.name, sites, flat, layout)
+        return AdapterWeights(self.name, sites, flat, layout, self.saved)
 
     def check_finite(self) -> None:
         """NaN and Inf are refused: in a bank that is masked by zeros they would reach other rows of the batch."""
         for path, site in self.sites.items():
-            for label, tensor in (("A", site.a), ("B", site.b), ("bias", site.bias)):
+            magnitude = None if site.magnitude is None else site.magnitude.weight
+            for label, tensor in (("A", site.a), ("B", site.b), ("bias", site.bias), ("magnitude", magnitude)):
                 if tensor is not None and not torch.isfinite(tensor).all():
                     raise AdapterFormatError(
                         f"adapter {self.name!r}: {label} of {path} holds NaN or Inf. lorafx takes finite weights only;"

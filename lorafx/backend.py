@@ -149,6 +149,7 @@ def _rewrite(
         context = PassContext(lowering=options.lowering, fold=options.fold, refused=refused)
         if bank is not None:
             context.bank_key, context.sites = bank.key, bank.store.geometry
+            context.factors = bank.store.dora.places if bank.store.dora is not None else {}
         rewritten = _copy_graph(gm)
         return rewritten, run_passes(rewritten, context)
 

@@ -16,12 +16,15 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lorafx.adapters import AdapterOutline, AdapterWeights, SiteWeights
+from lorafx.adapters import AdapterOutline, AdapterWeights
+from lorafx.dora import check_layers
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.interrupts import uninterrupted
 from lorafx.locking import ReadWriteLock
 from lorafx.routing import Routing, make_routing
+from lorafx.saved_modules import Copies, SavedModules, copies_for
 from lorafx.selection import NOTHING, Choice, Selection, names_in, normalize
 from lorafx.store import PackedStore, Site
 
@@ -80,6 +83,8 @@ class AdapterBank:
         self._disabled = False  # by PEFT's disable_adapter
         self._held: Counter[str] = Counter()  # names that a generate under way has said
         self._read: AdapterReader | None = None  # how adapters are read for this model
+        self.saved = SavedModules()  # modules that adapters have copies of
+        self._root: nn.Module | None = None  # whose layers these are
         self._peft: Any = None  # on a PeftModel: a PeftLoader, since PEFT's layers hold the adapters too
         self._shelf: AdapterStore | None = None  # where adapters come from that are not loaded
         self._follow: Callable[[], None] = lambda: None  # brings the bank up to PEFT's layers
@@ -164,6 +169,25 @@ class AdapterBank:
         state = self._call.get()
         return state is not None and state.selection is not None
 
+    def check_rows(self, selection: Selection) -> None:
+        """UnsupportedModelError: adapters that can't share a row, or can't be weighted"""
+        if reason := self.unfit(selection):
+            raise UnsupportedModelError(f"{reason}. Use such an adapter alone on its row, and with weight 1.")
+
+    def unfit(self, selection: Selection) -> str | None:
+        """Why some row of ``selection`` asks for what can't be fused; None if none does."""
+        if clash := self.saved.clash(selection):
+            return clash
+        if self.store.dora is None:
+            return None
+        for row in selection:
+            dora = [name for name, _ in row if name in self._slots and self.store.dora.held[self._slots[name]]]
+            if dora and len(row) > 1:
+                return f"{dora[0]} has DoRA, which scales what the adapters beside it give"
+            if dora and row[0][1] != 1.0:
+                return f"{dora[0]} has DoRA, whose norms are those of weight 1"
+        return None
+
     def _known(self, selection: Selection) -> Selection:
         unknown = names_in(selection) - self._slots.keys()
         if unknown:
@@ -236,6 +260,7 @@ class AdapterBank:
             except KeyError:
                 self._known(selection)
                 raise
+            self.check_rows(selection)
             made = make_routing([pairs[id(row)] for row in selection], self.store.storage.device)
             if len(self._routings) >= ROUTINGS_KEPT:
                 self._routings = {}
@@ -295,7 +320,7 @@ class AdapterBank:
         with self._changing():
             slot = self._slot(name)
             self._admit(outline, slot)  # again: other threads may have taken the room
-            self._commit(self._slots, lambda: self._place(adapter, slot))
+            self._commit(self._slots, lambda: self._place(adapter, slot), self._with_copies(adapter))
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its rows.
@@ -310,7 +335,9 @@ class AdapterBank:
         with self._changing():
             slot = self._slot(name)
             self._check_unused(name)
-            self._commit({k: v for k, v in self._slots.items() if k != name}, lambda: self.store.clear(slot))
+            slots = {k: v for k, v in self._slots.items() if k != name}
+            own = {k: v for k, v in self.saved.own.items() if k != name}
+            self._commit(slots, lambda: self.store.clear(slot), own)
 
     def add(self, adapter: AdapterWeights) -> None:
         """``load`` for an adapter that is read already."""
@@ -319,7 +346,7 @@ class AdapterBank:
             self._admit(adapter.outline)
             slot = self.store.free_slot(self._slots.values())
             after = {**self._slots, adapter.name: self.store.slots if slot is None else slot}
-            self._commit(after, lambda: self._place(adapter, slot))
+            self._commit(after, lambda: self._place(adapter, slot), self._with_copies(adapter))
 
     def room_without(self, leaving: Collection[str], coming: Sequence[AdapterOutline]) -> bool:
         """Whether ``coming`` would fit, all of them, once the adapters named in ``leaving`` are gone."""
@@ -357,6 +384,7 @@ class AdapterBank:
                     self.store.put(slot, adapter)
                 self._slots = after
                 if choice is not None:
+                    self.check_rows(choice[0] or NOTHING)
                     self._chosen = self._known(choice[0]) if choice[0] is not None else None
             except BaseException:
                 self._slots, self._chosen = before, chosen
@@ -389,15 +417,29 @@ class AdapterBank:
             finally:
                 self._routings = {}
 
-    def _commit(self, slots: dict[str, int], write: Callable[[], None]) -> None:
+    def _commit(self, slots: dict[str, int], write: Callable[[], None], own: Copies | None = None) -> None:
         """Names and memory change together: ``write`` is all or nothing, and nothing comes after it."""
-        before = self._slots
+        before = self._slots, self.saved.own
         try:
-            self._slots = slots
+            self._slots, self.saved.own = slots, self.saved.own if own is None else own
             write()
         except BaseException:
-            self._slots = before
+            self._slots, self.saved.own = before
             raise
+
+    def _with_copies(self, adapter: AdapterWeights) -> Copies:
+        """All copies of modules, with those of ``adapter``; places for them are made, which costs one trace."""
+        copies = copies_for(self._root, adapter.name, adapter.saved) if adapter.saved else {}
+        before, new = self.saved.paths, [path for path in copies if path not in self.saved.paths]
+        if new:
+            try:
+                self.saved.paths = before + new
+                self._switch_to(self.store, f"adapter {adapter.name!r} is the first to bring its own {new[0]}")
+            except BaseException:
+                self.saved.paths = before
+                raise
+        own = {name: held for name, held in self.saved.own.items() if name != adapter.name}
+        return {**own, adapter.name: copies} if copies else own
 
     def _slot(self, name: str) -> int:
         slot = self._slots.get(name) if isinstance(name, str) else None
@@ -430,6 +472,8 @@ class AdapterBank:
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as {missing[0]}"
             " (target_modules reserves room there)"
             if missing
+            else f"adapter {adapter.name!r} has DoRA on layers where none had it before"
+            if not self.store.takes_dora(adapter.shapes)
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
         return self._switch_to(self._larger(adapter, slot), reason)
@@ -452,6 +496,7 @@ class AdapterBank:
 
         CapacityError: max_adapters or max_rank says no
         """
+        check_layers(self._root, adapter.sites)
         if slot is None:
             slot = self.store.free_slot(self._slots.values())
         if slot is None and self.max_adapters is not None:
@@ -483,7 +528,11 @@ class AdapterBank:
             here = [w.sites[path] for w in weights.values() if path in w.sites]
             capacities[path] = max(capacities.get(path, 0), sum(s.rank for s in here))
             biases[path] = max(biases.get(path, 0), sum(s.bias is not None for s in here))
-        store = PackedStore(list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device)
+        dora = {*(old.dora.sites if old.dora is not None else ())}
+        dora.update(path for path, shape in adapter.shapes.items() if shape.dora)
+        store = PackedStore(
+            list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device, (self._root, dora)
+        )
         for at, held_weights in weights.items():
             store.put(at, held_weights)
         return store
@@ -496,10 +545,7 @@ class AdapterBank:
         scales = self.store.scale[slot].tolist()
         return AdapterWeights(
             name,
-            {
-                path: SiteWeights(*self.store.views(slot, path), scales[self.store.index[path]])
-                for path in self.store.taken[slot]
-            },
+            {path: self.store.weights(slot, path, scales[self.store.index[path]]) for path in self.store.taken[slot]},
         )
 
     def move(self, device: torch.device) -> None:
@@ -520,7 +566,7 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Bytes of all storage that the bank holds, reserved room included."""
         self._catch_up()
-        return self.store.nbytes
+        return self.store.nbytes + self.saved.nbytes
 
     @property
     def reserved(self) -> int:

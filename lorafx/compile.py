@@ -24,6 +24,7 @@ from lorafx.progress import bar
 from lorafx.reading import AdapterReader
 from lorafx.reserving import bank_dtype, make_store
 from lorafx.runtime import Runtime, runtime_of
+from lorafx.saved_modules import suitable_wrappers
 
 log = logging.getLogger("lorafx")
 
@@ -95,6 +96,10 @@ def compile(
         for adapter in weights:
             adapter.check_finite()
         bank = AdapterBank(store, lowering=parsed.lowering, max_adapters=max_adapters, max_rank=max_rank)
+        bank._root = root
+        if layers:
+            bank.saved.wrappers = suitable_wrappers(root)[0]
+            bank.saved.paths = list(bank.saved.wrappers)
         for adapter in bar(weights, "packing adapters"):
             bank.add(adapter)
         runtime = Runtime(model, root, bank, parsed, dynamic, eager=mode == "eager")

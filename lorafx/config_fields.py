@@ -11,7 +11,6 @@ NAMES_LIMIT = 4096  # of a list: PEFT compares each with each
 
 # Fields of LoraConfig that change what a layer computes or which weights it has, with what they are when unused.
 UNSUPPORTED = {
-    "use_dora": "DoRA",
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "use_bdlora": "BD-LoRA",
@@ -19,7 +18,6 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "use_qalora": "QALoRA",
-    "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trainable tokens",
     "target_parameters": "target_parameters",
     "layer_replication": "layer replication",
@@ -58,6 +56,10 @@ def _is_names(value: Any) -> bool:
     return is_list and all(isinstance(item, str) for item in value)
 
 
+def _is_list(value: Any) -> bool:
+    return _is_names(value) and not isinstance(value, str)
+
+
 def _is_indices(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= NAMES_LIMIT and all(map(_is_whole, value))
@@ -94,10 +96,12 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_pattern": (_is_names, NAMES),
     "layers_to_transform": (_is_indices, f"a whole number, or a list of at most {NAMES_LIMIT:,}"),
     "use_rslora": (_is_switch, "true or false"),
+    "use_dora": (_is_switch, "true or false"),
     "lora_bias": (_is_switch, "true or false"),
     "fan_in_fan_out": (_is_switch, "true or false"),
     "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a text"),
     "bias": (_is_text, "a text"),
+    "modules_to_save": (_is_list, f"a list of at most {NAMES_LIMIT:,} texts"),
     "task_type": (_is_text, "a text"),
     "base_model_name_or_path": (_is_text, "a text"),
     "revision": (_is_text, "a text"),

@@ -248,7 +248,9 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
         if runtime.eager:
             report.untraced = "mode='eager' traces no graph"
         report.groups = _groups_from_modules(runtime)
-    report.skipped = [Skipped(path, reason) for path, reason in runtime.unfused.items()] + report.skipped
+    left = [Skipped(path, reason) for path, reason in runtime.unfused.items()]
+    # what was seen of such a layer in a graph needs no reason of its own
+    report.skipped = left + [skipped for skipped in report.skipped if skipped.name not in runtime.unfused]
     report.skipped += untraced_layers(runtime)
     report.retraces = list(runtime.retraces)
     report.bank = repr(runtime.bank)  # which catches up with the model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
 from lorafx.routing import MAX_PAIRS
+from lorafx.saved_layers import AdaptedWrapper
+from lorafx.saved_modules import disagreeing, suitable_wrappers
 from lorafx.selection import NOTHING, Selection, names_in
 from lorafx.store import PackedStore
 
@@ -62,16 +65,22 @@ class Follower:
         return self.uncompiled is None and not peft_layers.hooked_by_name(self.runtime.peft)
 
     def holds(self, selection: Selection | None) -> bool:
-        runtime = self.runtime
+        runtime, bank = self.runtime, self.runtime.bank
         if not self._in_place() or not runtime.fused.holds():
+            return False
+        used = bank._slots
+        if selection is not None:
+            used = {*names_in(selection), *names_in(bank.in_use)}
+        if bank.store.dora is not None and not self.gone and bank.store.dora.changed(self._slots_of(used)):
             return False
         if self._state is None:
             without = list(vars(runtime.root).get("peft_config", ())) == self._without
             return self.gone or (without and not runtime.peft)
-        used = runtime.bank._slots
-        if selection is not None:
-            used = {*names_in(selection), *names_in(runtime.bank.in_use)}
         return self._state.switches_hold() and self._state.adapters_hold(used)
+
+    def _slots_of(self, names: Iterable[str]) -> list[int]:
+        slots = self.runtime.bank._slots
+        return [slots[name] for name in names if name in slots]
 
     def _in_place(self) -> bool:
         """The model is on the bank's device, and accelerate has put no hooks around it since."""
@@ -107,6 +116,7 @@ class Follower:
             return
         if self._state is None or not self._state.adapters_hold(bank._slots):
             self._bring_up_adapters()
+        bank.store.follow_magnitudes()
         if self._state is not None:
             self._bring_up_switches(heeding)
 
@@ -123,18 +133,22 @@ class Follower:
         self._follow_dtype()
         self._repack()
         new = [path for path, layer in runtime.peft.items() if not isinstance(layer, adapted.Adapted)]
+        new += [path for path, each in bank.saved.wrappers.items() if not isinstance(each, AdaptedWrapper)]
         if new:  # room was reserved, so the bank is the same; but the layer is another object now
             runtime._on_new_store(f"PEFT has wrapped {len(new)} layer(s) that it had not, such as {new[0]}")
         peft_layers.note_dropout(runtime.peft)
-        self._state = PeftState(runtime.root, runtime.peft)
+        self._state = PeftState(runtime.root, runtime.peft, bank.saved.wrappers)
 
     def _bring_up_switches(self, heeding: bool) -> None:
         bank, layers, spoken = self.runtime.bank, self.runtime.peft, self._state.spoken
         names, reason = peft_layers.active_names(layers)
-        if any(path in layers for path in self.runtime.unfused):
-            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in layers)
+        ours = layers.keys() | bank.saved.wrappers.keys()
+        if any(path in ours for path in self.runtime.unfused):
+            reason = next(f"{path}: {why}" for path, why in self.runtime.unfused.items() if path in ours)
         if reason is None and len(names) > MAX_PAIRS:
             reason = f"{len(names)} adapters active, at most {MAX_PAIRS} can be fused (add_weighted_adapter makes one)"
+        if reason is None:
+            reason = bank.unfit((tuple((name, 1.0) for name in names),)) or disagreeing(bank.saved.wrappers, names)
         if heeding and self._spoken is not None and spoken is not self._spoken:
             bank._chosen = None  # PEFT's set_adapter spoke last
         self._spoken = spoken
@@ -164,21 +178,26 @@ class Follower:
         if dtype is None or dtype == old.storage.dtype:
             return
         capacities, biases = ({g.name: getattr(g, part) for g in old.geometry} for part in ("capacity", "biases"))
-        store = PackedStore(old.sites, capacities, biases, old.slots, dtype, old.storage.device)
+        dora = old.dora.sites if old.dora is not None else ()
+        store = PackedStore(
+            old.sites, capacities, biases, old.slots, dtype, old.storage.device, (self.runtime.root, dora)
+        )
         bank._commit({}, lambda: bank._switch_to(store, f"the adapters are {dtype} now"))
 
     def _find_new_layers(self) -> None:
         """PEFT's load_adapter may have adapted layers that no adapter did before."""
-        runtime = self.runtime
+        runtime, bank = self.runtime, self.runtime.bank
         layers, unfused = peft_layers.supported_layers(runtime.root)
         new = {path: layer for path, layer in layers.items() if path not in runtime.peft}
         for layer in new.values():
             runtime.drop_hooks(layer.base_layer)  # which stood for room that was reserved
         runtime.peft.update(new)
+        bank.saved.wrappers.update(suitable_wrappers(runtime.root)[0] if runtime.peft else {})
+        bank.saved.paths = list(bank.saved.wrappers)
         runtime.unfused = {
             path: reason
             for path, reason in unfused.items()
-            if path not in runtime.peft or runtime.peft[path].lora_variant
+            if path not in runtime.peft or adapted.other_variants(runtime.peft[path])
         }
 
     def _repack(self) -> None:

@@ -6,7 +6,7 @@ y = qkv_proj(x)          ->     q, k, v = y.split(...)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from lorafx import adapted
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
 from lorafx.fused_layers import Fusions, Part
-from lorafx.sites import apply_site, check_one_place
+from lorafx.sites import apply_dora, apply_site, check_one_place, marked
 
 if TYPE_CHECKING:
     from lorafx.runtime import Runtime
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
 class FusedHook:
     """parts: (site, start, width) of each adapted one, from left to right; refusal: why a call can't be served, of a
-    layer whose parts are PEFT's"""
+    layer whose parts are PEFT's; dora: sites that DoRA may stand on, by the weights of the part's own module"""
 
-    def __init__(self, bank: AdapterBank, parts: list[tuple[int, int, int]], refusal: Callable[[], str | None]) -> None:
-        self.bank, self.parts, self.refusal = bank, parts, refusal
+    def __init__(
+        self,
+        bank: AdapterBank,
+        parts: list[tuple[int, int, int]],
+        refusal: Callable[[], str | None],
+        dora: Collection[int] = (),
+    ) -> None:
+        self.bank, self.parts, self.refusal, self.dora = bank, parts, refusal, tuple(dora)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -45,7 +51,14 @@ class FusedHook:
             if start > at:
                 pieces.append(output.narrow(-1, at, start - at))
             piece = output.narrow(-1, start, width)
-            if tracing:
+            if site in self.dora:
+                bias = None if module.bias is None else module.bias.narrow(0, start, width)
+                pieces.append(
+                    marked(piece, x, bias, self.bank.key, site)
+                    if tracing
+                    else apply_dora(self.bank, site, piece, x, bias)
+                )
+            elif tracing:
                 pieces.append(torch.ops.lorafx.site.default(piece, x, self.bank.key, site))
             else:
                 pieces.append(apply_site(self.bank, site, piece, x))
@@ -124,11 +137,12 @@ class FusedSites:
             layers.setdefault(part.layer, []).append((bank.store.index[path], part.start, part.width))
             paths.setdefault(part.layer, []).append(path)
         check_one_place(root, layers)
+        dora = [] if bank.store.dora is None else [bank.store.index[path] for path in bank.store.dora.sites]
         for module in root.modules():
             self.drop(module)
         return [
             root.get_submodule(layer).register_forward_hook(
-                FusedHook(bank, sorted(parts, key=lambda part: part[1]), Refusal(self.runtime, paths[layer])),
+                FusedHook(bank, sorted(parts, key=lambda part: part[1]), Refusal(self.runtime, paths[layer]), dora),
                 with_kwargs=True,
             )
             for layer, parts in layers.items()

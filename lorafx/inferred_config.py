@@ -37,7 +37,8 @@ def infer_config(name: str, shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig
         f" assumed. Pass the pair (state_dict, config) to be exact.",
         stacklevel=5,
     )
-    return config_of_ranks(ranks, ranks, any(".lora_B" in key and key.endswith("bias") for key in shapes))
+    bias = any(".lora_B" in key and key.endswith("bias") for key in shapes)
+    return config_of_ranks(ranks, ranks, bias, any(".lora_magnitude_vector" in key for key in shapes))
 
 
 def config_of_shapes(name: str, sites: Mapping[str, SiteShape]) -> LoraConfig:
@@ -48,11 +49,20 @@ def config_of_shapes(name: str, sites: Mapping[str, SiteShape]) -> LoraConfig:
             f"adapter {name!r} has {'biases on some layers only' if biases else 'no layers'}; on a PeftModel expected"
             " biases on every adapted layer or on none."
         )
+    dora = {site.dora for site in sites.values()}
+    if len(dora) != 1:
+        raise AdapterMismatchError(
+            f"adapter {name!r} has DoRA on some layers only; on a PeftModel expected it on every adapted"
+            " layer or on none."
+        )
     ranks = {path: site.rank for path, site in sites.items()}
-    return config_of_ranks(ranks, {path: site.scale * site.rank for path, site in sites.items()}, biases.pop())
+    alphas = {path: site.scale * site.rank for path, site in sites.items()}
+    return config_of_ranks(ranks, alphas, biases.pop(), dora.pop())
 
 
-def config_of_ranks(ranks: Mapping[str, int], alphas: Mapping[str, float], bias: bool) -> LoraConfig:
+def config_of_ranks(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], bias: bool, dora: bool = False
+) -> LoraConfig:
     """A config that gives these layers, by the end of their path, these ranks and alphas."""
     return LoraConfig(
         r=_commonest(ranks),
@@ -61,6 +71,7 @@ def config_of_ranks(ranks: Mapping[str, int], alphas: Mapping[str, float], bias:
         rank_pattern=_differing(ranks),
         alpha_pattern=_differing(alphas),
         lora_bias=bias,
+        use_dora=dora,
     )
 
 

@@ -53,8 +53,11 @@ class Before:
             (runtime, {part: getattr(runtime, part) for part in ("_entries", "unfused")}),
             (bank, {part: getattr(bank, part) for part in ("store", "_slots", "_chosen", "_fallback", "_disabled")}),
             (follower, vars(follower).copy()),
+            (bank.saved, {"paths": bank.saved.paths}),
         ]
-        self.containers = [(each, each.copy()) for each in (runtime.peft, runtime.retraces, runtime._hooks)]
+        self.containers = [
+            (each, each.copy()) for each in (runtime.peft, runtime.retraces, runtime._hooks, bank.saved.wrappers)
+        ]
         self.key = bank.key
         form = bank.store.storage.dtype, bank.store.storage.device
         self.weights = bank.weights_of(name).packed(*form) if name in bank else None

@@ -18,12 +18,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lorafx.adapted import is_supported
+from lorafx.adapted import is_supported, other_variants
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
+from lorafx.dora import unreadable
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 from lorafx.quantised import features_of
+from lorafx.saved_modules import suitable_wrappers
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -57,16 +59,21 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
     """(layers that can be fused, by path; why the others can't, by path)."""
     layers: dict[str, PeftLinear] = {}
     skipped: dict[str, str] = {}
+    wrappers, unsuitable = suitable_wrappers(root)
     for path, module in root.named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or path in wrappers:
+            continue
+        if path in unsuitable:
+            skipped[path] = unsuitable[path]
             continue
         if not is_supported(module):
             skipped[path] = (
                 f"PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__} is not fused yet"
             )
-        elif module.lora_variant:
-            kinds = sorted({type(variant).__name__ for variant in module.lora_variant.values()})
+        elif kinds := other_variants(module):
             skipped[path] = f"{', '.join(kinds)} is not fused yet"
+        elif module.lora_variant and (reason := unreadable(module.get_base_layer())):
+            skipped[path] = f"DoRA needs the norms of this layer's weight, and {reason}"
         elif module.merged:
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
         elif reason := why_not(module.get_base_layer()):

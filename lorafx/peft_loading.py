@@ -76,6 +76,12 @@ class PeftLoader:
                 tensors = {"A": site.a, "B": site.b, "bias": site.bias}
                 for role, parameter in parameters_of(layer, name).items():
                     parameter.copy_(shaped(tensors[role], parameter))
+                if site.magnitude is not None:
+                    layer.lora_magnitude_vector[name].weight.copy_(site.magnitude.weight)
+            for path, copied in weights.saved.items():
+                module = self.root.get_submodule(path).modules_to_save[name]
+                module.load_state_dict(copied, strict=True)
+                module.requires_grad_(False)
 
     def _check_is_peft_model(self) -> None:
         if not isinstance(self.model, PeftModel):

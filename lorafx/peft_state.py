@@ -19,16 +19,19 @@ class PeftState:
     before every call, so loops are left to C where that is possible.
     """
 
-    def __init__(self, root: nn.Module, layers: Mapping[str, Any]) -> None:
+    def __init__(self, root: nn.Module, layers: Mapping[str, Any], wrappers: Mapping[str, Any]) -> None:
         self._root = vars(root)
+        self._wrappers = [vars(wrapper) for wrapper in wrappers.values()]
         self._way = _way_to(root, next(iter(layers)))
         self._layers = [vars(layer) for layer in layers.values()]
         self._tables = [part._modules for layer in layers.values() for part in (layer.lora_A, layer.lora_B)]
+        tables = [*self._tables]
+        self._tables += [wrapper.modules_to_save._modules for wrapper in wrappers.values()]
         embeddings = [layer for layer in layers.values() if has_bare_parameters(layer)]
         self._bare = [part._parameters for e in embeddings for part in (e.lora_embedding_A, e.lora_embedding_B)]
         self._modules = self._read_modules()
         self._parameters: dict[str, list[dict[str, Any]]] = {}
-        for table in self._tables:
+        for table in tables:
             for name, module in table.items():
                 self._parameters.setdefault(name, []).append(module._parameters)
         names = dict.fromkeys(chain(self._parameters, *self._bare))
@@ -45,6 +48,7 @@ class PeftState:
         self._active = [list(names) for names in self._read("_active_adapter")]
         self._disabled = self._read("_disable_adapters")
         self._merged = [list(names) for names in self._read("merged_adapters")]
+        self._of_wrappers = self._read_wrappers()
         self._spoken = self.spoken
 
     @property
@@ -59,6 +63,7 @@ class PeftState:
             and self._read("_disable_adapters") == self._disabled
             and self._read("merged_adapters") == self._merged
             and list(map(list, self._read("_active_adapter"))) == self._active
+            and self._read_wrappers() == self._of_wrappers
         )
 
     def adapters_hold(self, names: Iterable[str]) -> bool:
@@ -78,6 +83,9 @@ class PeftState:
 
     def _read(self, name: str) -> list[Any]:
         return [layer[name] for layer in self._layers]
+
+    def _read_wrappers(self) -> list[Any]:
+        return [(str(each["_active_adapter"]), each["_disable_adapters"]) for each in self._wrappers]
 
     def _read_names(self) -> Iterable[str]:
         return self._root.get("peft_config", ())

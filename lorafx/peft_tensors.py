@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from lorafx.adapters import SiteWeights
+from lorafx.adapters import Magnitude, SiteWeights
 
 
 def names_on(layer: LoraLayer) -> Iterable[str]:
@@ -40,7 +40,11 @@ def weights_of(layer: LoraLayer, name: str) -> SiteWeights:
     """The adapter ``name`` of this layer; the weights are the parameters' own memory."""
     tensors = {role: parameter.detach() for role, parameter in parameters_of(layer, name).items()}
     a, b = (flattened(tensors[role]) for role in "AB")
-    return SiteWeights(a, b, tensors.get("bias"), float(layer.scaling[name]))
+    magnitude = None
+    if name in layer.lora_magnitude_vector:  # DoRA
+        own = [layer.lora_magnitude_vector[name], layer.lora_A[name], layer.lora_B[name]]
+        magnitude = Magnitude(own[0].weight.detach(), tuple(module._parameters for module in own))
+    return SiteWeights(a, b, tensors.get("bias"), float(layer.scaling[name]), magnitude)
 
 
 def flattened(weight: Tensor) -> Tensor:

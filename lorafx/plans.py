@@ -6,13 +6,13 @@ Found out by identity, not by names: see ``skeletons.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
 from torch import Tensor
 
-from lorafx.adapters import SiteShape, SiteWeights
+from lorafx.adapters import AdapterWeights, Magnitude, SiteShape, SiteWeights
 from lorafx.errors import AdapterMismatchError
 from lorafx.packing_files import Packing, packing_of
 from lorafx.peft_tensors import flattened
@@ -27,16 +27,19 @@ class PlannedSite:
     b: str
     bias: str | None
     shape: SiteShape
+    magnitude: str | None = None
 
     def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
-        bias = None if self.bias is None else take(self.bias)
-        return SiteWeights(flattened(take(self.a)), flattened(take(self.b)), bias, self.shape.scale)
+        bias, magnitude = (None if key is None else take(key) for key in (self.bias, self.magnitude))
+        own = None if magnitude is None else Magnitude(magnitude)
+        return SiteWeights(flattened(take(self.a)), flattened(take(self.b)), bias, self.shape.scale, own)
 
 
 @dataclass(frozen=True)
 class Plan:
     """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
     starts: where each tensor begins in a file that has them in this order, in one piece
+    saved: which tensors are those of modules that the adapter has copies of, by path, by name
 
     PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
     """
@@ -44,10 +47,25 @@ class Plan:
     sites: Mapping[str, PlannedSite]
     base: Mapping[str, str]
     starts: Mapping[str, int]
+    saved: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def shapes(self) -> dict[str, SiteShape]:
         return {path: site.shape for path, site in self.sites.items()}
+
+    def saved_from(self, take: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {path: {name: take(key).clone() for name, key in named.items()} for path, named in self.saved.items()}
+
+    def with_magnitudes(self, weights: AdapterWeights, take: Callable[[str], Tensor]) -> AdapterWeights:
+        """``weights``, which were packed, with what DoRA has beside them."""
+        keys = {path: site.magnitude for path, site in self.sites.items() if site.magnitude is not None}
+        if not keys:
+            return weights
+        sites = {
+            path: replace(site, magnitude=Magnitude(take(keys[path]).clone())) if path in keys else site
+            for path, site in weights.sites.items()
+        }
+        return replace(weights, sites=sites)
 
     @cached_property
     def packing(self) -> Packing:
@@ -65,20 +83,27 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
     names = {_identity(tensor): key for key, tensor in tensors.items()}
     lora = {key: names.get(_identity(tensor)) for key, tensor in lora_parameters(loaded.layers).items()}
     base = {names.get(_identity(tensor)): path for path, tensor in loaded.base.items()}
-    if None in lora.values() or None in base:
+    saved = {
+        path: {key: names.get(_identity(tensor)) for key, tensor in named.items()}
+        for path, named in loaded.saved.items()
+    }
+    taken = [key for named in saved.values() for key in named.values()]
+    if None in lora.values() or None in base or None in taken:
         return None
-    left = tensors.keys() - set(lora.values()) - base.keys()
+    left = tensors.keys() - {*lora.values(), *base, *taken}
     if left:
         raise AdapterMismatchError(
             f"adapter {name!r} has {len(left)} tensor(s) that are loaded nowhere, for example {min(left)!r}: another"
             " one is the same weight under another name. Expected each weight once; take one of them out."
         )
     sites = {
-        path: PlannedSite(lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape)
+        path: PlannedSite(
+            lora[path, "A"], lora[path, "B"], lora.get((path, "bias")), site.shape, lora.get((path, "magnitude"))
+        )
         for path, site in weights_on(loaded).items()
     }
     ends = accumulate(tensor.numel() for tensor in tensors.values())
-    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)))
+    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)), saved)
 
 
 def _identity(tensor: Tensor) -> tuple:

@@ -24,12 +24,13 @@ from lorafx.passes.fuse_layers import LAYER_SITE, ROUTED_LAYER
 from lorafx.passes.graph_reading import example
 from lorafx.passes.group_markers import SITE
 from lorafx.passes.record import STANDS_FOR
+from lorafx.passes.scale_rows import MAGNITUDE
 from lorafx.passes.share_routing import LOWERING, ROUTED, X
 from lorafx.probe_inputs import rms
 from lorafx.routing import MAX_PAIRS, MAX_ROWS, Pairs, make_routing
 from lorafx.store import PackedStore
 
-SITES = (SITE, LAYER_SITE)  # the last two arguments of these markers are the bank and the site
+SITES = (SITE, LAYER_SITE, MAGNITUDE)  # the last two arguments of these markers are the bank and the site
 HUGE = 1e4  # poison for lowerings that multiply idle lanes by zero; it fits into half precision
 
 
@@ -43,10 +44,12 @@ class ProbeBank:
         capacities = {site.name: site.capacity for site in real.geometry}
         biases = {site.name: site.biases for site in real.geometry}
         memory = real.storage.dtype, real.storage.device
-        self.store = PackedStore(real.sites, capacities, biases, real.slots, *memory)
+        dora = None if real.dora is None else (real.dora.root, real.dora.sites)
+        self.store = PackedStore(real.sites, capacities, biases, real.slots, *memory, dora)
         entries = self._entries(min(rows, MAX_ROWS) if rows else 1)
         self.routing = make_routing(entries, real.storage.device)
         self._fill(sorted({slot for pairs in entries for slot, _ in pairs}))
+        self._fill_factors({pairs[0][0] for pairs in entries if pairs})
         self._calibrated: set[int] = set()
 
     def inputs(self, node: fx.Node) -> Tensor:
@@ -64,10 +67,12 @@ class ProbeBank:
         """Of the layer behind which this marker stands."""
         return self._geometry[node.args[-1]].in_features
 
-    def delta(self, node: fx.Node, y: Tensor, x: Tensor, *kind: Any) -> Tensor:
-        """What the marker ``node`` is to add to ``y``, in float64; ``kind``: its other arguments. The first time, the
-        site is scaled so that it is as large as y."""
+    def delta(self, node: fx.Node, y: Tensor, x: Tensor | None, *kind: Any) -> Tensor:
+        """What the marker ``node`` is to add to ``y``, in float64; ``x``, ``kind``: its other arguments. The first
+        time, the site is scaled so that it is as large as y."""
         site = node.args[-1]
+        if node.target is MAGNITUDE:
+            return self._scaled(site, y, x)
         delta = self._delta_of(node, y, x, *kind)
         if site not in self._calibrated:
             self._calibrated.add(site)
@@ -130,6 +135,16 @@ class ProbeBank:
             parts.append(part.reshape(zero.shape))
         return torch.cat(parts)
 
+    def _scaled(self, site: int, y: Tensor, bias: Tensor | None) -> Tensor:
+        """``f * (y - bias)``: the factors of each row are those of the first adapter it names."""
+        if y.dim() == 1:
+            return self._scaled(site, y[None], bias)[0]
+        table, count, rows = self.store.dora.table(self._geometry[site].name).double(), len(self.routing.rows), len(y)
+        own = y.double() if bias is None else y.double() - bias.double()
+        first = [self.routing.rows[row * count // rows][:1] for row in range(rows)]
+        factors = [table[pairs[0][0]] if pairs else torch.zeros_like(table[0]) for pairs in first]
+        return torch.stack([factor * row for factor, row in zip(factors, own, strict=True)])
+
     # ------------------------------------------------------------------------------------------ making it up
 
     def _entries(self, rows: int) -> list[Pairs]:
@@ -158,6 +173,15 @@ class ProbeBank:
                     biases[site.name] -= biases[site.name] > 0
             if sites:
                 self.store.put(slot, AdapterWeights(f"probe {slot}", sites))
+
+    def _fill_factors(self, used: set[int]) -> None:
+        """Factors of DoRA in these slots, poison in those of the others."""
+        for path in self.store.dora.sites if self.store.dora is not None else ():
+            table = self.store.dora.table(path)
+            sizes = 0.2 + 0.7 * torch.rand(table.shape, generator=self._generator)
+            signs = torch.randint(0, 2, table.shape, generator=self._generator) * 2 - 1
+            table[:-1].copy_((sizes * signs)[:-1])
+            table[[slot for slot in range(self.store.slots) if slot not in used]] = torch.nan
 
     def _weights(self, site: SiteGeometry, rank: int, bias: bool) -> SiteWeights:
         def noise(*shape: int) -> Tensor:

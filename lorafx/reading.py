@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -30,14 +31,13 @@ from lorafx.layer_kinds import why_not, widths_of
 from lorafx.packing import Layout
 from lorafx.plans import Plan, plan_of
 from lorafx.quantised import features_of
-from lorafx.skeletons import check_base, load_onto, skeleton, weights_on
+from lorafx.skeletons import PREFIX, check_base, load_onto, skeleton, weights_on
 from lorafx.sources import Source, load_source
 from lorafx.tensor_files import TensorSet
 
 PLANS_KEPT = 64
 # The fields of a config that make no difference to which layers it adapts, with which ranks and scales.
 INDIFFERENT = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout"}
-PREFIX = "base_model.model."  # of the names that PEFT's save_pretrained writes
 LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
@@ -84,12 +84,14 @@ class AdapterReader:
         """The same, and the config that makes PEFT build such layers."""
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             outline = self._from_weights(name, source)
-            return config_of_shapes(name, outline.sites), outline
+            config = config_of_shapes(name, outline.sites)
+            config.modules_to_save = list(outline.saved) or None
+            return config, outline
         config, tensors = load_source(name, source, self._base)
         return config, self._outline(name, config, tensors)
 
     def _outline(self, name: str, config: LoraConfig, tensors: TensorSet) -> AdapterOutline:
-        plan, sites = self._plan(name, config, tensors)
+        plan, sites, saved_paths = self._plan(name, config, tensors)
         _check_scales(name, sites)
 
         @torch.inference_mode(False)
@@ -98,39 +100,44 @@ class AdapterReader:
             if plan is not None:
                 check_base(name, self.root, {path: tensors.take(key) for key, path in plan.base.items()})
                 if tensors.flat is not None:
-                    return self._checked(plan.packing.pack(name, tensors.flat(), self.dtype))
+                    packed = plan.packing.pack(name, tensors.flat(), self.dtype)
+                    packed = replace(plan.with_magnitudes(packed, tensors.take), saved=plan.saved_from(tensors.take))
+                    return self._checked(packed)
                 weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
+                saved = plan.saved_from(tensors.take)
             else:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
                 loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, taken)
                 check_base(name, self.root, loaded.base)
-                weights = weights_on(loaded)
-            return self._checked(AdapterWeights(name, weights).packed(self.dtype))
+                weights, saved = weights_on(loaded), loaded.saved
+            return self._checked(AdapterWeights(name, weights, saved=saved).packed(self.dtype))
 
-        return AdapterOutline(name, sites, read)
+        return AdapterOutline(name, sites, read, saved_paths)
 
-    def _plan(self, name: str, config: LoraConfig, tensors: TensorSet) -> tuple[Plan | None, Mapping[str, SiteShape]]:
+    def _plan(
+        self, name: str, config: LoraConfig, tensors: TensorSet
+    ) -> tuple[Plan | None, Mapping[str, SiteShape], tuple[str, ...]]:
         """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
         fields = [(k, _in_order(v)) for k, v in sorted(vars(config).items()) if k not in INDIFFERENT]
         key = sha256(repr((fields, list(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
         plan = self._known(key)
         if plan is not None:
-            return plan, plan.shapes
+            return plan, plan.shapes, tuple(plan.saved)
         with self._planning:  # threads that come first together share one
             plan = self._known(key)
             if plan is not None:
-                return plan, plan.shapes
+                return plan, plan.shapes, tuple(plan.saved)
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
             loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
             _check_prefixes(name, tensors.shapes)
             if plan is None:
-                return None, {path: site.shape for path, site in weights_on(loaded).items()}
+                return None, {path: site.shape for path, site in weights_on(loaded).items()}, tuple(loaded.saved)
             with self._looking:
                 self._plans[key] = plan
                 while len(self._plans) > PLANS_KEPT:
                     self._plans.popitem(last=False)
-            return plan, plan.shapes
+            return plan, plan.shapes, tuple(plan.saved)
 
     def _known(self, key: bytes) -> Plan | None:
         with self._looking:
@@ -160,6 +167,7 @@ class AdapterReader:
         layout = source.layout if isinstance(source, AdapterWeights) else None
         if layout is None or layout not in self._fitting:
             _check_fits(name, self.root, outline.sites, self.fusions or Fusions({}))
+            _check_has_modules(name, self.root, outline.saved)
             if layout is not None:
                 self._fitting.add(layout)
         _check_scales(name, outline.sites)
@@ -173,14 +181,14 @@ class AdapterReader:
                 weights = weights.packed(self.dtype)
             return _renamed(self._checked(weights), name)
 
-        return AdapterOutline(name, outline.sites, read)
+        return AdapterOutline(name, outline.sites, read, outline.saved)
 
     def _checked(self, weights: AdapterWeights) -> AdapterWeights:
         """``weights``, whose numbers are looked at once."""
         if self._finite.get(id(weights)) is not weights:
             flat = weights.flat
             # a sum says it in one pass, but may overflow where no number does
-            if flat is None or not torch.isfinite(flat.sum()):
+            if flat is None or not torch.isfinite(flat.sum()) or any(site.dora for site in weights.shapes.values()):
                 weights.check_finite()
             self._finite[id(weights)] = weights
         return weights
@@ -209,6 +217,16 @@ def _check_fits(name: str, root: nn.Module, sites: Mapping[str, SiteShape], fusi
             raise AdapterMismatchError(
                 f"adapter {name!r} does not fit {type(root).__name__}: it has weights for a layer {path!r} from"
                 f" {shape.in_features} to {shape.out_features} features, which the model has not. Is it an adapter of"
+                " another model?"
+            )
+
+
+def _check_has_modules(name: str, root: nn.Module, paths: Iterable[str]) -> None:
+    there = dict(root.named_modules())
+    for path in paths:
+        if path not in there:
+            raise AdapterMismatchError(
+                f"adapter {name!r} brings its own {path}, which {type(root).__name__} has not. Is it an adapter of"
                 " another model?"
             )
 

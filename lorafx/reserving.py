@@ -9,6 +9,7 @@ from torch import nn
 
 from lorafx import peft_layers
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
+from lorafx.dora import base_layer, unreadable
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.fused_layers import Fusions
 from lorafx.layer_kinds import why_not, widths_of
@@ -70,7 +71,15 @@ def make_store(
     parameter = next(root.parameters(), None)
     dtype = sample.a.dtype if sample is not None else bank_dtype(root)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    return PackedStore(sites, capacities, biases, slots, dtype, device)
+    dora = {
+        path
+        for shapes in (*(a.shapes for a in weights), *(a.sites for a in others))
+        for path in shapes
+        if shapes[path].dora
+    }
+    if dora and (max_adapters is not None or target_modules is not None):
+        dora = {path for path in capacities if unreadable(base_layer(root, path)) is None}  # any that room is for
+    return PackedStore(sites, capacities, biases, slots, dtype, device, (root, dora))
 
 
 def _coming(others: Sequence[AdapterOutline], slots: int, max_rank: int | None) -> dict[str, list[SiteShape]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted, peft_layers, peft_methods, root_forward
+from lorafx import adapted, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -25,6 +25,7 @@ from lorafx.peft_change import changing_peft
 from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
 from lorafx.recomputing import check_not_recomputed
+from lorafx.saved_layers import SavedHook
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
 
@@ -110,6 +111,8 @@ class Runtime:
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             adapted.release(layer)
+        for wrapper in self.bank.saved.wrappers.values():
+            saved_layers.release(wrapper)
         tuner = peft_layers.tuner_of(self.model)
         for module, names in (
             (self.model, ("lora", "_lorafx_runtime")),
@@ -122,12 +125,15 @@ class Runtime:
     def drop_hooks(self, module: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, RefuseNames) or (isinstance(hook, SiteHook) and hook.bank is self.bank):
+                if isinstance(hook, RefuseNames) or (
+                    isinstance(hook, (SiteHook, SavedHook)) and hook.bank is self.bank
+                ):
                     del hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _connect_bank(self) -> None:
+        self.bank._root = self.root
         self.bank._on_new_store = self._on_new_store
         self.bank._guard_use = self._guard_use
         self.bank._follow = self.follower.follow
@@ -141,23 +147,33 @@ class Runtime:
             for hook in module._forward_hooks.values()
             if isinstance(hook, SiteHook) and hook.bank is self.bank
         }
+        saved = self.bank.saved
         parts = self.fused.find()
         modules = dict(self.root.named_modules())
         standing = [path for path in self.bank.store.index if path in modules or path not in parts]
         new = [path for path in standing if path not in self.peft and path not in have]
-        check_one_place(self.root, new)
+        check_one_place(self.root, [*new, *(path for path in saved.paths if path not in saved.wrappers)])
         for path in standing:
             site = self.bank.store.index[path]
             if path in self.peft:
                 adapted.adapt(self.peft[path], self.bank, site)
-            elif path in have:
-                have[path].site = site
-            else:
+                continue
+            if path not in have:
+                have[path] = SiteHook(self.bank, site)
                 module = self.root.get_submodule(path)
-                self._hooks.append(module.register_forward_hook(SiteHook(self.bank, site), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(have[path], with_kwargs=True))
+            have[path].site = site
+            have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
         self._hooks += self.fused.attach()
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
+        for place, path in enumerate(saved.paths):
+            if path in saved.wrappers:
+                saved_layers.adapt(saved.wrappers[path], self.bank, place)
+                continue
+            module = self.root.get_submodule(path)
+            if not any(isinstance(h, SavedHook) and h.bank is self.bank for h in module._forward_hooks.values()):
+                self._hooks.append(module.register_forward_hook(SavedHook(self.bank, place), with_kwargs=True))
         for layer in self.peft.values():
             if not any(isinstance(h, peft_layers.ContiguousStateDict) for h in layer._state_dict_hooks.values()):
                 self._hooks.append(layer.register_state_dict_post_hook(peft_layers.ContiguousStateDict()))
@@ -184,6 +200,7 @@ class Runtime:
                 "PEFT has taken its layers off this model (unload, merge_and_unload), so no adapter can be chosen."
                 " lorafx.uncompile(model), then compile what is left with adapters of its own."
             )
+        self.bank.check_rows(selection)
         if self.unfused and names_in(selection):
             path, reason = next(iter(self.unfused.items()))
             raise UnsupportedModelError(
@@ -235,7 +252,9 @@ class Runtime:
             if scale is not None and not self.unfused and self.follower.agrees():
                 kwargs = without_scale(kwargs)
                 if scale != 1.0:
-                    stack.enter_context(self.bank.calling(scaled(self.bank.in_use, scale), batch))
+                    chosen = scaled(self.bank.in_use, scale)
+                    self._guard_use(chosen)
+                    stack.enter_context(self.bank.calling(chosen, batch))
             elif scale not in (None, 1.0):  # layers of PEFT's, which diffusers itself has to scale
                 stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())
@@ -280,7 +299,10 @@ class Runtime:
             bool(self.peft)
             and torch.is_grad_enabled()
             and (self.bank.chosen is not None or self.fused.parts)
-            and any(adapted.needs_gradients(layer) for layer in self.peft.values())
+            and (
+                any(adapted.needs_gradients(layer) for layer in self.peft.values())
+                or any(saved_layers.needs_gradients(wrapper) for wrapper in self.bank.saved.wrappers.values())
+            )
         )
 
     def batch_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:

@@ -12,6 +12,7 @@ from lorafx.bank import AdapterBank, bank_of
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels.layer_ops import rows_shape, set_layer_site_forward
 from lorafx.kernels.ops import set_site_forward
+from lorafx.kernels.row_factors import set_magnitude_forward
 from lorafx.layer_kinds import describe, mark
 from lorafx.passes.graph_reading import example
 
@@ -22,11 +23,16 @@ class SiteHook:
     def __init__(self, bank: AdapterBank, site: int) -> None:
         self.bank = bank
         self.site = site
+        self.dora = False  # whether any adapter may have DoRA here: what is traced then has one op more
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
+            if self.dora:
+                return marked(output, x, module.bias, self.bank.key, self.site)
             return mark(module, output, x, self.bank.key, self.site)
+        if self.dora:
+            return apply_dora(self.bank, self.site, output, x, module.bias)
         return apply_behind(module, self.bank, self.site, output, x)
 
 
@@ -80,6 +86,29 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
         None,
         bank.lowering,
     )[0]
+
+
+def marked(y: Tensor, x: Tensor, bias: Tensor | None, key: int, site: int) -> Tensor:
+    """Both markers of a layer that DoRA may stand on. Between them the sum stays in float32, to be rounded once."""
+    whole = torch.ops.lorafx.site.default(_wide(y), x, key, site)
+    return torch.ops.lorafx.magnitude.default(whole, bias, key, site).to(y.dtype)
+
+
+def apply_dora(bank: AdapterBank, site: int, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, now and without a graph. bias: the layer's own"""
+    return apply_magnitude(bank, site, apply_site(bank, site, _wide(y), x), bias).to(y.dtype)
+
+
+def _wide(y: Tensor) -> Tensor:
+    return y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+
+
+def apply_magnitude(bank: AdapterBank, site: int, y: Tensor, bias: Tensor | None) -> Tensor:
+    """What DoRA adapters of this call's routing make of ``y``, the output of ``apply_site``; bias: the layer's own"""
+    dora, path = bank.store.dora, bank.store.sites[site].name
+    if dora is None or path not in dora.sites or (routing := bank.routing()).idle:
+        return y
+    return torch.ops.lorafx.scaled_rows(y, bias, dora.table(path), routing.slots, routing.count)
 
 
 def apply_behind(layer: nn.Module, bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
@@ -147,6 +176,10 @@ def _marker_forward(y: Tensor, x: Tensor, key: int, site: int) -> Tensor:
     return apply_site(bank_of(key), site, y, x)
 
 
+def _magnitude_forward(y: Tensor, bias: Tensor | None, key: int, site: int) -> Tensor:
+    return apply_magnitude(bank_of(key), site, y, bias)
+
+
 def _layer_marker_forward(
     y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int], key: int, site: int
 ) -> Tensor:
@@ -155,10 +188,12 @@ def _layer_marker_forward(
 
 set_site_forward(_marker_forward)
 set_layer_site_forward(_layer_marker_forward)
+set_magnitude_forward(_magnitude_forward)
 
 MARKERS = {
     torch.ops.lorafx.site.default: _marker_forward,
     torch.ops.lorafx.layer_site.default: _layer_marker_forward,
+    torch.ops.lorafx.magnitude.default: _magnitude_forward,
 }
 
 

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,18 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lorafx.adapted import is_supported
-from lorafx.adapters import SiteWeights
+from lorafx.adapted import is_supported, other_variants
+from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
 from lorafx.quantised import is_quantised, stand_in
+from lorafx.saved_modules import suitable_wrappers
 
+PREFIX = "base_model.model."  # of the names that PEFT's save_pretrained writes
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
 MESSAGE_LIMIT = 1000  # letters of what PEFT says, which may name every tensor of a file
 SIZES = re.compile(r"size mismatch for (\S+): copying .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")  # as torch says it
@@ -40,11 +43,13 @@ SIZES = re.compile(r"size mismatch for (\S+): copying .*?Size\((\[.*?\])\).*?Siz
 class Loaded:
     """A skeleton after PEFT has loaded tensors into it.
 
-    layers: the adapted ones, by path; base: weights of the base model that were replaced, by their path there
+    layers: the adapted ones, by path; base: weights of the base model that were replaced, by their path there; saved:
+    tensors of copied modules, by the module's path, by name
     """
 
     layers: Mapping[str, PeftLinear]
     base: Mapping[str, Tensor]
+    saved: Mapping[str, Mapping[str, Tensor]]
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -90,15 +95,16 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
     config.init_lora_weights = False  # what would be drawn here is overwritten by the file
     with _said_by_peft(name, bare, "target_modules that name layers of this model"), torch.device("meta"):
         inject_adapter_in_model(config, bare, adapter_name=NAME)
-    layers = _adapted_layers(name, bare)
+    layers, wrappers = _adapted_layers(name, bare), _wrappers(name, bare)
     before = _named_tensors(bare)
     vars(bare)["load_state_dict"] = partial(nn.Module.load_state_dict, bare, assign=True)
     try:
         with _said_by_peft(name, bare, "the shapes of this model"):
-            result = set_peft_model_state_dict(bare, dict(tensors), adapter_name=NAME)
+            result = set_peft_model_state_dict(bare, _without_prefix(name, bare, wrappers, tensors), adapter_name=NAME)
     finally:
         del vars(bare)["load_state_dict"]
-    missing = [key for key in result.missing_keys if ".lora_" in key and f".{NAME}." in f"{key}."]
+    ours = (".lora_", ".modules_to_save.")
+    missing = [key for key in result.missing_keys if any(map(key.__contains__, ours)) and f".{NAME}." in f"{key}."]
     if result.unexpected_keys or missing:
         raise _mismatch(
             name,
@@ -114,13 +120,15 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
             + ".",
             "the tensors of the layers that its config targets: is it a config that does not belong to the file",
         )
+    saved = {path: wrapper.modules_to_save[NAME].state_dict(keep_vars=True) for path, wrapper in wrappers.items()}
     lora = {id(parameter) for parameter in lora_parameters(layers).values()}
+    lora |= {id(tensor) for tensors in saved.values() for tensor in tensors.values()}
     base = {
         key.replace(".base_layer.", "."): tensor
         for key, tensor in _named_tensors(bare).items()
         if tensor is not before[key] and id(tensor) not in lora
     }
-    return Loaded(layers, base)
+    return Loaded(layers, base, saved)
 
 
 def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
@@ -148,14 +156,19 @@ def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
 
 def weights_on(loaded: Loaded) -> dict[str, SiteWeights]:
     """What stands in the adapted layers now."""
-    return {path: weights_of(layer, NAME) for path, layer in loaded.layers.items()}
+    return {path: _alone(weights_of(layer, NAME)) for path, layer in loaded.layers.items()}
+
+
+def _alone(site: SiteWeights) -> SiteWeights:
+    """Without the skeleton's modules."""
+    return site if site.magnitude is None else replace(site, magnitude=Magnitude(site.magnitude.weight))
 
 
 def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     layers: dict[str, PeftLinear] = {}
     for path, module in bare.named_modules():
         if isinstance(module, LoraLayer):
-            if not is_supported(module) or NAME in module.lora_variant:
+            if not is_supported(module) or other_variants(module):
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
                     " on linear layers, embeddings and Conv2d. Load it with PEFT and pass the PeftModel: that layer"
@@ -172,10 +185,38 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     return layers
 
 
+def _wrappers(name: str, bare: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    wrappers, unsuitable = suitable_wrappers(bare)
+    for path, reason in unsuitable.items():
+        raise AdapterFormatError(
+            f"adapter {name!r} brings its own {path}: {reason}. Load it with PEFT and pass the PeftModel: that module"
+            " then stays as PEFT has it."
+        )
+    return wrappers
+
+
+def _without_prefix(
+    name: str, bare: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``tensors``, those of copied modules named as PEFT looks for them on a model without its own class around it."""
+    named = dict(tensors)
+    for path, wrapper in wrappers.items():
+        for key in wrapper.adapter_state_dict_load_map(NAME):
+            plain = f"{path}.{key}"
+            if plain not in named and PREFIX + plain not in named:
+                got = f"{PREFIX + plain!r} is missing in the file."
+                raise _mismatch(name, bare, got, "every tensor of the modules that its config saves")
+            if plain not in named:
+                named[plain] = named.pop(PREFIX + plain)
+    return named
+
+
 def lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], nn.Parameter]:
     found = {}
     for path, layer in layers.items():
         found.update({(path, role): parameter for role, parameter in parameters_of(layer, NAME).items()})
+        if NAME in layer.lora_variant:
+            found[path, "magnitude"] = layer.lora_magnitude_vector[NAME].weight
     return found
 
 

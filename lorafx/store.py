@@ -8,15 +8,16 @@ worked example of the tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafx.adapters import AdapterWeights, SiteShape
+from lorafx.adapters import AdapterWeights, SiteShape, SiteWeights
+from lorafx.dora import Dora
 from lorafx.errors import AdapterMismatchError, CapacityError
 from lorafx.packing import Layout, Piece, Run, copy_all, find_runs, sources, targets
 from lorafx.passes.context import SiteGeometry
@@ -98,7 +99,7 @@ class PackedStore:
     """Rank rows for ``slots`` adapters over fixed sites. Not thread-safe: the bank sees to that.
 
     storage: flat, the bank's dtype; owner ``[lanes]``, windows ``[slots, sites, 3]`` (first row, rank, bias row), both
-    int16 where that is enough; scale ``[slots, sites]`` float32
+    int16 where that is enough; scale ``[slots, sites]`` float32; dora: the model, and the sites that DoRA may stand on
     """
 
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
@@ -110,6 +111,7 @@ class PackedStore:
         slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        dora: tuple[nn.Module, Collection[str]] | None = None,
     ) -> None:
         self.sites = order_sites(sites)
         self.geometry = plan(self.sites, capacities, biases)
@@ -131,6 +133,10 @@ class PackedStore:
         )
         self.taken: list[dict[str, Window]] = [{} for _ in range(slots)]  # by slot, by site
         self._held: list[Held | None] = [None] * slots
+        self.dora: Dora | None = None  # where any adapter has it
+        if dora is not None and dora[1]:
+            outs = {site.name: site.out_features for site in self.sites if site.name in dora[1]}
+            self.dora = Dora(dora[0], outs, slots, dtype, device)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_held": [None] * self.slots}  # views: a copy makes its own
@@ -140,13 +146,21 @@ class PackedStore:
         """Move all memory."""
         moved = {field: getattr(self, field).to(device) for field in ("storage", "owner", "scale", "windows")}
         vars(self).update(moved, _held=[None] * self.slots)
+        if self.dora is not None:
+            self.dora.to(device)
 
     # -------------------------------------------------------------------------------------------- room
 
     def find_room(self, shapes: Mapping[str, SiteShape], instead_of: int | None = None) -> Room | None:
         """Rows for an adapter of these shapes, as if slot ``instead_of`` were empty; None if there are too few."""
+        if not self.takes_dora(shapes):
+            return None
         geometry = {g.name: g for g in self.geometry}
         return find_room(geometry, self.taken, shapes, instead_of)
+
+    def takes_dora(self, shapes: Mapping[str, SiteShape]) -> bool:
+        """Whether there are factors at all sites that ``shapes`` has DoRA on."""
+        return all(self.dora is not None and path in self.dora.sites for path, s in shapes.items() if s.dora)
 
     def fits(self, slots: Sequence[int], adapters: Sequence[Mapping[str, SiteShape]]) -> bool:
         """Whether adapters of these shapes have room, one after the other, once all of ``slots`` are empty."""
@@ -156,6 +170,8 @@ class PackedStore:
                 left[path][0] -= window.rank
                 left[path][1] -= window.bias_row >= 0
         for shapes in adapters:
+            if not self.takes_dora(shapes):
+                return False
             for path, shape in shapes.items():
                 if path not in left:
                     return False
@@ -181,6 +197,10 @@ class PackedStore:
         CapacityError: no room
         """
         adapter = adapter.packed(self.storage.dtype, self.storage.device)
+        with self.dora.putting(slot, adapter) if self.dora is not None else nullcontext():
+            self._put(slot, adapter)
+
+    def _put(self, slot: int, adapter: AdapterWeights) -> None:
         if self.holds(slot, adapter.layout):
             self._rewrite(slot, adapter, self._held[slot])
             return
@@ -229,6 +249,8 @@ class PackedStore:
         with self._all_or_nothing(slot, Room()):
             self._clear(slot)
             self._write_tables()
+            if self.dora is not None:
+                self.dora.clear(slot)
 
     @torch.no_grad()
     def set_scale(self, slot: int, path: str, scale: float) -> None:
@@ -236,6 +258,13 @@ class PackedStore:
         column = self.index[path]
         self._scale[slot, column] = scale
         self.scale[slot, column] = scale
+        if self.dora is not None:
+            self.dora.rescale(slot, path, self.weights(slot, path, scale))
+
+    def follow_magnitudes(self) -> None:
+        """Compute anew what edits in place have changed."""
+        for slot, path in self.dora.changed(range(self.slots)) if self.dora is not None else ():
+            self.dora.rescale(slot, path, self.weights(slot, path, self.dora.held[slot][path].scale))
 
     def _clear(self, slot: int) -> None:
         for rows in self._views(self.taken[slot].items()):
@@ -334,8 +363,18 @@ class PackedStore:
         a, b, bias = self._rows(path, self.taken[slot][path])
         return a, b.t(), bias
 
+    def weights(self, slot: int, path: str, scale: float) -> SiteWeights:
+        """The same, with what else belongs to it."""
+        held = self.dora.held[slot].get(path) if self.dora is not None else None
+        return SiteWeights(*self.views(slot, path), scale, None if held is None else held.magnitude)
+
+    @property
+    def factors(self) -> Tensor:
+        """Of DoRA, flat: see ``Dora``."""
+        return self.dora.factors
+
     def table(self, name: str, start: int, length: int | None) -> Tensor:
-        """``storage``, ``windows``, or a part of ``owner`` (lanes) or ``scale`` (columns): a view."""
+        """``storage``, ``windows``, or a part of ``owner`` (lanes), ``scale`` (columns) or ``factors``: a view."""
         tensor: Tensor = getattr(self, name)
         return tensor if length is None else tensor.narrow(1 if name == "scale" else 0, start, length)
 
@@ -354,7 +393,8 @@ class PackedStore:
     @property
     def nbytes(self) -> int:
         """All storage held: weights, room, tables."""
-        return sum(t.numel() * t.element_size() for t in (self.storage, self.owner, self.scale, self.windows))
+        own = sum(t.numel() * t.element_size() for t in (self.storage, self.owner, self.scale, self.windows))
+        return own + (self.dora.nbytes if self.dora is not None else 0)
 
     @property
     def reserved(self) -> int:
@@ -368,4 +408,5 @@ class PackedStore:
             lanes += g.lanes - ranks - bias_rows
         tables = self.scale.element_size() + 3 * self.windows.element_size()
         empty = sum(not held for held in self.taken) * len(self.sites)
-        return free * self.storage.element_size() + lanes * self.owner.element_size() + empty * tables
+        own = free * self.storage.element_size() + lanes * self.owner.element_size() + empty * tables
+        return own + (self.dora.reserved if self.dora is not None else 0)

@@ -25,6 +25,7 @@ from lorafx.passes.fuse_layers import fuse_layers
 from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
+from lorafx.passes.scale_rows import scale_rows
 from lorafx.passes.share_routing import share_routing
 from lorafx.passes.sketch import first_layer, sketch_layer
 
@@ -41,6 +42,7 @@ REWRITE = (
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
+    scale_rows,  # lorafx.magnitude -> lorafx.scaled_rows
     share_routing,  # one lorafx.row_weights for all groups
     clean_up,
 )

@@ -18,9 +18,10 @@ KEY = "lorafx_input"
 
 @dataclass(frozen=True)
 class RoutedInput:
-    """What a placeholder stands for: one of ROUTING, or ``storage``, ``windows``, ``owner``, ``scale``, or a part.
+    """What a placeholder stands for: one of ROUTING, or ``storage``, ``windows``, ``owner``, ``scale``,
+    ``factors``, or a part.
 
-    start, length: lanes of ``owner``, columns of ``scale``
+    start, length: lanes of ``owner``, columns of ``scale``, elements of ``factors``
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorafx.passes.record import PassRecord
@@ -31,12 +31,14 @@ class SiteGeometry:
 @dataclass
 class PassContext:
     """One compilation: options in, record out. ``fold``: layers may be folded into the op that adapts them;
-    ``bank_key`` is the number that this bank's markers carry; ``refused``: sums and site markers, by the names of their
-    nodes, that are to stay."""
+    ``bank_key`` is the number that this bank's markers carry; ``factors``: of sites that DoRA may stand on, how many
+    rows their table of factors has, and where in the bank's it begins; ``refused``: sums and site markers, by the names
+    of their nodes, that are to stay."""
 
     lowering: str = "auto"
     bank_key: int | None = None
     sites: Sequence[SiteGeometry] = ()
+    factors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fold: bool = True
     refused: Collection[str] = ()
     record: PassRecord = field(default_factory=PassRecord)

@@ -86,7 +86,7 @@ def _size_of_view(node: fx.Node) -> tuple[Any, ...]:
     if node.target is torch.narrow:
         dim, _, length = constants
         return node.target, base, dim, length
-    size, stride, _ = constants
+    size, stride, *_ = constants  # and the place, but for what begins where its base does
     return node.target, base, size, stride
 
 

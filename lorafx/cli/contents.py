@@ -132,9 +132,12 @@ def read_contents(path: Path) -> Contents:
     layers, others = _sort(tensors.shapes, config)
     contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
     contents.problems += _wrong_shapes(layers)
+    extra = [kind for kind, has in (("DoRA", config.use_dora), ("modules_to_save", config.modules_to_save)) if has]
+    contents.notes += [f"it uses {kind}" for kind in extra]
     if others:
         text = f"{len(others)} tensor(s) that are no LoRA weights, such as {_some(others[:1])}"
-        if features or all(key.endswith(BASE) for key in others):  # which bring tensors of their own
+        # which bring tensors of their own
+        if features or extra or all(key.endswith(BASE) for key in others):
             contents.notes.append(text)
         else:
             contents.problems.append(text)

@@ -37,7 +37,8 @@ def to_gguf(
 
     A GGUF file has one alpha, and no rsLoRA: layers whose scale that can't say have it in their B. Returns the path.
 
-    AdapterFormatError: it has what llama.cpp's files can't (LoRA biases, layers that llama.cpp has no name for).
+    AdapterFormatError: it has what llama.cpp's files can't (LoRA biases, DoRA, modules_to_save, layers
+    that llama.cpp has no name for).
     Other LorafxErrors: can't be read, does not fit, is there already, can't be written. Nothing is then left behind.
     """
     try:
@@ -92,10 +93,17 @@ def with_alpha(site: SiteWeights, alpha: float) -> Tensor:
 def _check_layers(weights: AdapterWeights, names: Mapping[str, str]) -> None:
     nameless = [layer for layer in weights.sites if layer not in names]
     biased = [layer for layer, site in weights.sites.items() if site.bias is not None]
+    dora = [layer for layer, site in weights.sites.items() if site.magnitude is not None]
     twice = [text for text, count in Counter(names.get(layer) for layer in weights.sites).items() if count > 1]
+    if weights.saved:
+        raise AdapterFormatError(
+            f"adapter {weights.name!r} brings its own {next(iter(weights.saved))} (modules_to_save), which GGUF"
+            " adapters have not. Expected LoRA weights alone."
+        )
     for found, what in (
         (nameless, "llama.cpp has no adapters for (with tied embeddings the output head is one of these)"),
         (biased, "have a LoRA bias, which GGUF adapters have not"),
+        (dora, "have DoRA, which GGUF adapters have not"),
         ([] if nameless else twice, "are one tensor in llama.cpp"),
     ):
         if found:

@@ -181,9 +181,8 @@ SOURCES = {
     "weights without a target": (other_config, MISMATCH, r"no layer for.*config that does not belong"),
     "a target the model lacks": (unknown_target, MISMATCH, r"does not fit.*qkv_fused.*Expected: target_modules"),
     "NaN": (nan_inside, FORMAT, r"NaN or Inf"),
-    "DoRA": (variant(use_dora=True), FORMAT, r"uses DoRA.*pass the PeftModel"),
+    "VeLoRA": (variant(velora_config={"num_groups": 4}), FORMAT, r"uses VeLoRA.*pass the PeftModel"),
     "an adapted parameter": (variant(**PARAMETER), FORMAT, r"target_parameters.*PeftModel"),
-    "modules_to_save": (variant(modules_to_save=["lm_head"]), FORMAT, r"modules_to_save.*PeftModel"),
     "trained base biases": (variant(bias="all"), FORMAT, r"bias='all'.*PeftModel"),
     "prompt tuning": (prompt_tuning, FORMAT, r"PROMPT_TUNING.*LORA"),
     "a number": (lambda folder: 3, FORMAT, r"got int; expected the path of a PEFT folder"),
@@ -438,7 +437,6 @@ def mixed_kinds(**fields):
 
 
 KINDS = {
-    "DoRA": ({"target_modules": ["up_proj"], "use_dora": True}, "up_proj", "DoraLinearVariant"),
     "target_parameters": ({"target_modules": [], **PARAMETER}, "up_proj", "ParamWrapper"),
 }
 

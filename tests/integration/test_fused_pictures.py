@@ -157,6 +157,47 @@ def test_layers_of_peft(kind, when):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_dora_on_parts_that_are_modules_too(kind, when):
+    check_dora(kind, when)
+
+
+def test_dora_on_parts_in_a_graph():
+    check_dora(KINDS["flux"], "between calls")
+
+
+def check_dora(kind, when):
+    """Norms are those of the part's own weight, which stands beside the fused one."""
+    build, config, call = kind
+    config = copy.deepcopy(config)
+    config.use_dora = True
+    reference = build()
+    torch.manual_seed(1)
+    reference.add_adapter(config, adapter_name="a")
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(torch.linspace(0.7, 1.6, parameter.numel()))
+    base, source = call(build()), (get_peft_model_state_dict(reference, adapter_name="a"), config)
+    model, want = build(), call(reference) - base
+    if when == "before":
+        model.fuse_qkv_projections()
+    lorafx.compile(model, {"a": source, "b": weights(kind, "b")}, **HOW[when])
+    if when != "before":
+        model.lora.use("a")
+        assert_close(call(model) - base, want, 1e-6)
+        model.fuse_qkv_projections()
+    model.lora.use("a")
+    assert_close(call(model) - base, want, 1e-6)
+    model.lora.use(["a", None])
+    got = call(model)
+    assert_close(got[0] - base[0], want[0], 1e-6)
+    assert_close(got[1], base[1], 1e-9)
+    model.unfuse_qkv_projections()
+    model.lora.use("b")
+    assert_close(call(model) - base, delta(kind, "b"), 1e-6)
+
+
 def test_a_copy_notices_too(kind):
     build, _, call = kind
     base = call(build())

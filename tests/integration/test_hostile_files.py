@@ -123,9 +123,9 @@ FIELDS = {
     "bias": ["all", None, 3],
     "task_type": [3, "NONSENSE"],
     "peft_type": ["IA3", None, 3, [], "lora"],
-    "use_dora": [True, "yes"],
+    "use_dora": ["yes", 1],
     "layer_replication": [[[0, 10**9]]],
-    "modules_to_save": [["lm_head"], ".*"],
+    "modules_to_save": [".*", [3], ["(a+)+b"]],
     "megatron_config": [{"a": 1}],
     "ensure_weight_tying": [True],
 }
@@ -137,7 +137,7 @@ def test_fields_of_the_wrong_kind(field, value, folder, live):
     settings = json.loads(config_of(folder).read_text())
     text = json.dumps({**settings, field: value}).replace("Infinity", "1e400")
     config_of(folder).write_text(text)
-    assert_refused(live, folder, FORMAT, r"'(bad|b)'.*(expected|lorafx runs|can't run|not a LoraConfig)")
+    assert_refused(live, folder, FORMAT, r"'(bad|b)'.*(expected|lorafx runs|does not run|can't run|not a LoraConfig)")
 
 
 PATTERNS = {

@@ -483,19 +483,19 @@ def test_layers_that_differ(pair, folders):
 
 
 def test_an_adapter_that_cannot_be_fused_comes_and_goes(pair, folders):
-    """DoRA on layers that are fused already: everything runs as PEFT has it, until it is deleted."""
+    """VeLoRA on layers that are fused already: everything runs as PEFT has it, until it is deleted."""
     for each in pair:
         torch.manual_seed(5)
-        each.add_adapter("dora", config(r=3, target_modules=QKV, use_dora=True))
+        each.add_adapter("other", config(r=3, target_modules=QKV, velora_config={"num_groups": 4}))
         each.eval()
     assert_equal_now(pair)
     for each in pair:
-        each.set_adapter("dora")
+        each.set_adapter("other")
     assert_equal_now(pair)
-    with pytest.raises(lorafx.UnsupportedModelError, match=r"(?i)dora"):
-        pair[0].lora.use("dora")
+    with pytest.raises(lorafx.UnsupportedModelError, match=r"(?i)velora"):
+        pair[0].lora.use("other")
     for each in pair:
-        each.delete_adapter("dora")
+        each.delete_adapter("other")
         each.set_adapter("b")
     assert_right(pair)
     assert_uncompiled_right(pair)

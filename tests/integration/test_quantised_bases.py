@@ -92,6 +92,32 @@ def test_layers_that_peft_has_for_them(folders, kind, how):
         assert difference(got[row] - base[row], exact_delta(folders[name])[row]) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_needs_weights_that_can_be_read(folders, kind, tmp_path):
+    config = LoraConfig(r=4, target_modules=list(SIZES), init_lora_weights=False, use_dora=True)
+    get_peft_model(Model(), config).save_pretrained(str(tmp_path))
+    base = call(build(kind))
+    with pytest.raises(lorafx.UnsupportedModelError, match=r"q_proj needs the norms of that layer's weight, and it is"):
+        lorafx.compile(build(kind), {"dora": tmp_path}, mode="eager")
+    model = lorafx.compile(build(kind), folders, max_adapters=3, mode="eager")
+    with pytest.raises(lorafx.UnsupportedModelError, match=r"q_proj needs the norms of that layer's weight, and it is"):
+        model.lora.load("dora", tmp_path)
+    model.lora.use(None)
+    assert torch.equal(call(model), base)
+
+
+def test_dora_of_pefts_quantised_layers_stays_pefts():
+    config = LoraConfig(r=4, target_modules=list(SIZES), init_lora_weights=False, use_dora=True)
+    torch.manual_seed(3)
+    model = get_peft_model(build("nf4"), config).eval()
+    want = call(model)
+    lorafx.compile(model, options=EAGER_GRAPH)
+    assert difference(call(model), want) <= 1e-6
+    reasons = {skipped.name: skipped.reason for skipped in lorafx.explain(model).skipped}
+    assert {name.rpartition(".")[2] for name in reasons} == set(SIZES)
+    assert all("DoRA needs the norms of this layer's weight" in reason for reason in reasons.values())
+
+
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
 def test_rounded_once_is_no_farther_than_rounded_twice(folders, kind):
     """PEFT rounds the delta to bf16, and then the sum; lorafx the sum alone."""
