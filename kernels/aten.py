@@ -35,8 +35,9 @@ def row_weights(x: Tensor, slots: Tensor, weights: Tensor, count: Tensor, window
     return torch.where(taken, weights[entry].unsqueeze(-1), 0.0).sum(1)
 
 
-def lane_gates(spread: Tensor, owner: Tensor, scale: Tensor, lanes: list[int]) -> Tensor:
-    """What each rank row counts for each row of the batch: ``[rows, sum of lanes]``, zero where it is not in use.
+def lane_gates(spread: Tensor, owner: Tensor, scale: Tensor, lanes: list[int], sums: torch.dtype) -> Tensor:
+    """What each rank row counts for each row of the batch: ``[rows, sum of lanes]`` in the dtype ``sums``, zero where
+    it is not in use.
 
     spread: from ``row_weights``; owner: ``[sum of lanes]``; scale: ``[slots, siblings]``; lanes: of each sibling
     """
@@ -47,7 +48,8 @@ def lane_gates(spread: Tensor, owner: Tensor, scale: Tensor, lanes: list[int]) -
     for end in itertools.accumulate(lanes[:-1]):
         sibling = sibling + (position >= end)
     factor = scale[slot.clamp(min=0), sibling]  # [lanes]
-    return spread[:, torch.where(free, spread.shape[1] - 1, slot)] * torch.where(free, 0.0, factor)
+    taken = spread[:, torch.where(free, spread.shape[1] - 1, slot)]
+    return taken.to(sums) * torch.where(free, 0.0, factor).to(sums)
 
 
 def routed_lora(
@@ -66,7 +68,7 @@ def routed_lora(
         return [out[0] for out in outs]
     sums = accumulator(x, *ys, *a)
     lanes = [t.shape[0] for t in b]
-    gates = lane_gates(spread, owner, scale, lanes).to(sums)  # [rows, lanes]
+    gates = lane_gates(spread, owner, scale, lanes, sums)  # [rows, lanes]
     gates = gates.reshape(x.shape[0], *[1] * (x.dim() - 2), sum(lanes))
     hidden = x.to(sums)
     if len(a) == 1 and lanes == caps:  # one GEMM and one mask for all siblings

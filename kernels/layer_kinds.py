@@ -27,7 +27,7 @@ def routed_embedding(
     by, one number, or None; a: ``[capacity, entries]``; b: ``[capacity, out]``; spread: from ``aten.row_weights``"""
     sums = accumulator(y, a)
     shrunk = F.embedding(ids, a.t()).to(sums)  # [rows, ..., capacity]
-    gates = lane_gates(spread, owner, scale, [b.shape[0]]).to(sums)  # [rows, capacity]
+    gates = lane_gates(spread, owner, scale, [b.shape[0]], sums)  # [rows, capacity]
     if factor is not None:
         gates = gates * factor.to(sums).reshape(())
     gates = gates.reshape(gates.shape[0], *[1] * (ids.dim() - 1), -1)
@@ -44,7 +44,7 @@ def routed_conv2d(
     sums = accumulator(x, y, a)
     kernel, stride, padding = window[:2], window[2:4], window[4:]
     lanes, capacity = b.shape[0], a.shape[0]
-    gates = lane_gates(spread, owner, scale, [lanes]).to(sums)[:, :, None, None]  # [rows, lanes, 1, 1]
+    gates = lane_gates(spread, owner, scale, [lanes], sums)[:, :, None, None]  # [rows, lanes, 1, 1]
     filters = a.to(sums).reshape(capacity, x.shape[1], *kernel)
     shrunk = F.conv2d(x.to(sums), filters, None, stride, padding)
     gate = gates[:, :capacity]

@@ -64,7 +64,9 @@ def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node], 
     out, y, x = branch.out, replaced.get(branch.y, branch.y), replaced.get(branch.x, branch.x)
     with gm.graph.inserting_before(out):
         promoted = _promotion(branch.y, out)
-        casts_back = promoted is not None and all(_casts_to(user, out, example(branch.y).dtype) for user in out.users)
+        # of two casts each is a tensor of its own, which may be written to
+        users = list(out.users)
+        casts_back = promoted is not None and len(users) == 1 and _casts_to(users[0], out, example(branch.y).dtype)
         if promoted is not None and not casts_back:
             y = gm.graph.call_method("to", (y, promoted))
         scale = branch.scale_node
@@ -84,10 +86,10 @@ def _mark(gm: fx.GraphModule, branch: Branch, replaced: dict[fx.Node, fx.Node], 
             ),
         )
     marker.meta = {key: value for key, value in out.meta.items() if key in KEPT_META}
-    value = example(branch.y) if promoted is None or casts_back else example(out)
-    if value is not None:
+    results = [*(users if casts_back else ()), out]
+    # of what it replaces, whose memory later writes are known by; y's is another
+    if (value := example(results[0])) is not None:
         marker.meta["example_value"] = value
-    results = [*(out.users if casts_back else ()), out]
     marker.meta[STANDS_FOR] = StandIn(
         name,
         traced_name(results[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -242,3 +243,40 @@ def test_room_without_rank_and_batches_of_any_size(plain, base):
         given = inputs(rows)
         assert_same_delta(run(model, None, given), run(plain, None, given), run(build(), None, given))
     assert len(lorafx.explain(model).graphs) == 3  # the first, the one with room, and one for any number of rows
+
+
+def _row_too_far(node: torch.fx.Node) -> None:
+    window = node.args[5]
+    storage, size, stride, offset = window.args
+    window.args = (storage, size, stride, offset + size[1])
+
+
+def _of_another_size(node: torch.fx.Node) -> None:
+    node.args = (*node.args[:4], [*node.args[4][:2], 1, 1, *node.args[4][4:]], *node.args[5:])
+
+
+def _not_scaled(node: torch.fx.Node) -> None:
+    with node.graph.inserting_before(node):
+        ones = node.graph.call_function(torch.ones_like, (node.args[11],))
+    node.args = (*node.args[:11], ones, *node.args[12:])
+
+
+@pytest.mark.parametrize("bug", [_row_too_far, _of_another_size, _not_scaled])
+def test_a_wrong_rewrite_is_undone(bug, monkeypatch):
+    """The op of one convolution is wrong: its marker stays, the others are fused, and the result is PEFT's."""
+    module = importlib.import_module("lorafx.passes.fuse_layers")  # the package has a function of this name
+    right = module._routed
+
+    def wrong(gm, marker, site, lowering):
+        node = right(gm, marker, site, lowering)
+        if site.name == "strided":
+            bug(node)
+        return node
+
+    monkeypatch.setattr(module, "_routed", wrong)
+    reference = with_adapters(build(), ADAPTERS)
+    model = lorafx.compile(build(), {name: state_of(reference, name) for name in ADAPTERS}, options=EAGER_GRAPH)
+    assert_same_delta(run(model, MIXED), run(reference, pefts_names(MIXED)), run(build()))
+    report = lorafx.explain(model)
+    assert [item.name for item in report.skipped] == ["strided"]
+    assert {branch.name for group in report.groups for branch in group.branches} == {*TARGETS} - {"strided"}
