@@ -162,6 +162,28 @@ def test_dora_on_parts_that_are_modules_too(kind, when):
     check_dora(kind, when)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_dora_of_pefts_layers_on_fused_parts(kind, when):
+    build, config, call = kind
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(build())
+        models[-1].add_adapter(LoraConfig(**{**config.to_dict(), "use_dora": True}), adapter_name="a")
+        with torch.no_grad():
+            for name, parameter in models[-1].named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(torch.linspace(0.7, 1.6, parameter.numel()))
+    model, reference = models
+    base = call(build())
+    if when == "before":
+        model.fuse_qkv_projections()
+    lorafx.compile(model, mode="eager")
+    if when == "after":
+        model.fuse_qkv_projections()
+    assert_close(call(model) - base, call(reference) - base, 1e-6)
+
+
 def test_dora_on_parts_in_a_graph():
     check_dora(KINDS["flux"], "between calls")
 
