@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorafx import adapted, peft_layers
@@ -15,6 +16,7 @@ from lorafx.errors import UnsupportedModelError
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState
+from lorafx.quantised import is_quantised
 from lorafx.routing import MAX_PAIRS
 from lorafx.saved_layers import AdaptedWrapper
 from lorafx.saved_modules import disagreeing, suitable_wrappers
@@ -119,6 +121,16 @@ class Follower:
         bank.store.follow_magnitudes()
         if self._state is not None:
             self._bring_up_switches(heeding)
+        if self.uncompiled is None and (path := self._untraceable()) is not None:
+            self._run_uncompiled(f"{path}: PEFT's DoRA unpacks the quantised weight, which can't be traced")
+
+    def _untraceable(self) -> str | None:
+        """A layer left to PEFT, of which Dynamo would make an error, not a break in its graph."""
+        for path in self.runtime.unfused:
+            layer = self.runtime.root.get_submodule(path)
+            if isinstance(layer, LoraLayer) and layer.lora_variant and is_quantised(layer.get_base_layer()):
+                return path
+        return None
 
     def _bring_up_adapters(self) -> None:
         runtime, bank = self.runtime, self.runtime.bank

@@ -223,7 +223,8 @@ def test_a_model_that_transformers_quantised(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from .models import Family, _decoder, run
+    from .families import Family, _decoder
+    from .models import run
 
     family = Family(_decoder("Llama", hidden_size=64, intermediate_size=64), LLAMA.inputs, LLAMA.qkv, layers=1)
     family.build().save_pretrained(str(tmp_path / "base"))
