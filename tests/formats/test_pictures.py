@@ -227,7 +227,7 @@ def test_diffusers_alphas_and_config(unet, weights, tmp_path):
         ("{", "can't be read"),
         ("[1]", "expected an object"),
         (json.dumps({**fields, "unet.r": -1}), "r=-1"),
-        (json.dumps({**fields, "unet.use_dora": True}), "DoRA"),
+        (json.dumps({**fields, "unet.use_qalora": True}), "QALoRA"),
         (json.dumps({**fields, "unet.target_modules": "(a+)+$"}), "pattern"),
         (json.dumps(fields)[:-1] + ', "unet.r": 4}', "more than once"),
     ):

@@ -113,7 +113,7 @@ def test_mixed_batch_equals_its_rows_and_base_rows_the_idle_model(case):
     for row, name in enumerate(NAMES):
         if name in alone:
             assert_close(mixed[row], alone[name][row], 1e-5 if case.dtype == torch.float32 else 2e-2)
-            assert difference(mixed[row], plain[row]) > 1e-2  # the adapter does something
+            assert difference(mixed[row], plain[row]) > 1e-3  # the adapter does something
         else:
             assert torch.equal(mixed[row], idle[row])
             assert_close(idle[row], plain[row], 1e-6 if case.dtype == torch.float32 else 2e-2)

