@@ -1,10 +1,10 @@
 """LoRA on a GPU at Llama-3-8B's shapes, with one command: ``python -m benchmarks.gpu``.
 
 First part: one group of layers (q,k,v; o; gate,up; down), its base GEMMs alone and with LoRA. Second part: whole
-forward passes of a few layers: the base model compiled, lorafx, PEFT eager and compiled. (Merged weights run as the
-base model does, and are not timed.) What a contender computes is checked before it is timed: kernels against float64,
-models by their distance from PEFT in float64. Times are medians of CUDA events around CUDA graphs that take turns;
-weights are so many that none is found in the L2 cache. Results go to a folder: a plot, and the numbers as JSON.
+forward passes of a few layers: the base model compiled, lorafx, PEFT eager, compiled and merged, polylora where it is
+installed. What a contender computes is checked before it is timed: kernels against float64, models by their distance
+from PEFT in float64. Times are medians of CUDA events around CUDA graphs that take turns; weights are so many that none
+is found in the L2 cache. Results go to a folder: a plot, and the numbers as JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,15 +47,17 @@ def model_cases(quick: bool) -> Iterator:
     from benchmarks.forward_pass import ALL, QKV, Case
     from benchmarks.gpu_kernels import MIXED
 
-    yield Case(1, 1, (16,), QKV)
     yield Case(1, 1, (16,), ALL)
     yield Case(8, 1, MIXED, ALL)
+    yield Case(1, 1, (16,), QKV)
+    yield Case(8, 1, MIXED, ALL, in_use=0)
     yield Case(1, 512, (16,), ALL)
     if not quick:
-        yield Case(8, 1, MIXED, QKV)
         yield Case(1, 1, (16,), ALL, BF16)
         yield Case(8, 1, MIXED, ALL, BF16)
-        yield Case(8, 1, MIXED, ALL, in_use=0)
+        yield Case(8, 1, MIXED, QKV)
+        yield Case(1, 512, (16,), ALL, BF16)
+        yield Case(64, 1, (16,) * 8, ALL, BF16)
         yield Case(4, 512, MIXED[:4], ALL)
 
 
@@ -81,27 +83,47 @@ def describe(case) -> dict[str, str]:
     }
 
 
-def show_kernels(quick: bool) -> Iterator[dict]:
+def show_kernels(cases: Iterable) -> Iterator[dict]:
     from benchmarks.gpu_kernels import measure
 
-    print("| group, batch, adapters | base GEMMs | with lorafx | ratio | PEFT's ops, ratio |\n|---|---|---|---|---|")
-    for case in kernel_cases(quick):
+    print("| group, batch, adapters | base GEMMs | lorafx | not folded | PEFT's ops |\n|---|---|---|---|---|")
+    for case in cases:
         times = measure(case)
         torch.cuda.empty_cache()
-        base, ours, theirs = times["base"], times["lorafx"], times.get("branches")
-        peft = "" if theirs is None else f"{theirs / base:.2f}"
-        print(f"| {case} | {base:.1f} us | +{ours - base:.1f} us | {ours / base:.2f} | {peft} |", flush=True)
+        base = times["base"]
+        others = [times.get(name) for name in ("lorafx", "apart", "branches")]
+        cells = ["" if t is None else f"{t:.1f} us ({t / base:.2f})" for t in others]
+        print(f"| {case} | {base:.1f} us | {' | '.join(cells)} |", flush=True)
         yield {**describe(case), **times}
 
 
-def show_models(layers: int, quick: bool) -> Iterator[dict]:
+def compile_only(kernels: Iterable, models: Iterable, layers: int) -> None:
+    """Several processes may do this side by side, before one of them measures."""
+    from benchmarks.forward_pass import LLAMA_8B, make_base
+    from benchmarks.gpu_kernels import Data
+    from benchmarks.gpu_model import contenders
+
+    for case in kernels:
+        data = Data(case, "cuda")
+        data.lorafx(0)
+        data.apart(0)
+    torch._dynamo.config.recompile_limit = 64
+    base = make_base(layers, LLAMA_8B, "cuda", BF16)
+    for case in models:
+        torch._dynamo.reset()
+        for name, step in contenders(base, case).items():
+            if name != "polylora":
+                step()
+
+
+def show_models(cases: Iterable, layers: int) -> Iterator[dict]:
     from benchmarks.forward_pass import LLAMA_8B, make_base
     from benchmarks.gpu_model import measure
 
     torch._dynamo.config.recompile_limit = 64  # every contender is another model with the same forward
     base = make_base(layers, LLAMA_8B, "cuda", BF16)
-    print("\n| forward pass | contender | a layer | ratio | call from Python | distance |\n|---|---|---|---|---|---|")
-    for case in model_cases(quick):
+    print("\n| forward pass | contender | a layer | ratio | from Python | distance |\n|---|---|---|---|---|---|")
+    for case in cases:
         torch._dynamo.reset()
         results = measure(base, case)
         for name, result in results.items():
@@ -121,7 +143,7 @@ def plot(results: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(17, 9), layout="constrained")
-    colors = {"lorafx": "C0", "PEFT": "0.8", "PEFT compiled": "0.55"}
+    colors = {"lorafx": "C0", "PEFT compiled": "0.55", "PEFT": "0.8"}
     passes = results["models"][::-1]
     for offset, name in zip((0.25, 0, -0.25), colors, strict=True):
         found = [(i, model["contenders"]) for i, model in enumerate(passes)]
@@ -151,6 +173,12 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models (Llama-3-8B has 32)")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--only", choices=("kernels", "models"), help="one of the two parts")
+    parser.add_argument("--match", default="", help="only cases whose description contains this")
+    parser.add_argument(
+        "--compile-only",
+        metavar="N/M",
+        help="time nothing: fill the caches for every M-th case, beginning with the N-th",
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for what is found")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -160,9 +188,16 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(), "kernels": [], "models": []}
     print(", ".join(f"{name}: {value}" for name, value in results["machine"].items()), "\n")
+    kernels, models = (
+        [case for case in cases(options.quick) if options.match in str(case)] for cases in (kernel_cases, model_cases)
+    )
+    if options.compile_only is not None:
+        first, step = map(int, options.compile_only.split("/"))
+        compile_only(kernels[first::step], models[first::step], options.layers)
+        return 0
     parts = {
-        "kernels": show_kernels(options.quick) if options.only != "models" else (),
-        "models": show_models(options.layers, options.quick) if options.only != "kernels" else (),
+        "kernels": show_kernels(kernels) if options.only != "models" else (),
+        "models": show_models(models, options.layers) if options.only != "kernels" else (),
     }
     for part, cases in parts.items():
         for found in cases:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cuda_timing import captured, medians
-from lorafx.kernels import ops  # noqa: F401  (defines the op)
+from lorafx.kernels import ops, sgmv  # noqa: F401  (ops: defines the op)
 
 GROUPS = {  # Llama-3-8B: width of x, widths of the outputs
     "q,k,v": (4096, (4096, 1024, 1024)),
@@ -75,6 +75,7 @@ class Data:
         self.scale = torch.full((len(case.ranks), len(widths)), SCALE, device=device)
         self.slots = torch.full((ENTRIES, PAIRS), -1, dtype=torch.int32, device=device)
         self.slots[: case.rows, 0] = torch.arange(case.rows, device=device) % len(case.ranks)
+        self.nobody = torch.full_like(self.slots, -1)
         self.shares = torch.zeros(ENTRIES, PAIRS, device=device)
         self.shares[: case.rows, 0] = 1
         self.count = torch.tensor(case.rows, device=device)
@@ -84,11 +85,31 @@ class Data:
     def base(self, copy: int) -> list[Tensor]:
         return [F.linear(self.x, weight) for weight in self.weights[copy][0]]
 
-    def lorafx(self, copy: int, ys: Sequence[Tensor] | None = None) -> list[Tensor]:
+    @property
+    def folds(self) -> bool:
+        """Whether a pass would have the layers computed by the op."""
+        k, widths = GROUPS[self.case.group]
+        tokens = self.case.rows * self.case.tokens
+        return self.device == "cuda" and sgmv.folds(tokens, k, widths, self.case.dtype, self.x.device)
+
+    def lorafx(self, copy: int, in_use: bool = True) -> list[Tensor]:
+        """As ``lorafx.compile`` has it; ``in_use=False``: no row uses an adapter."""
+        return self.folded(copy, in_use) if self.folds else self.apart(copy)
+
+    def folded(self, copy: int, in_use: bool = True) -> list[Tensor]:
+        """The layers computed by the op."""
+        layers = self.weights[copy][0]
+        return self._op(copy, [], in_use, layers, [None] * len(layers))
+
+    def apart(self, copy: int, ys: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The op behind the layers' own GEMMs."""
+        return self._op(copy, self.base(copy) if ys is None else list(ys))
+
+    def _op(self, copy: int, ys: list[Tensor], in_use: bool = True, *layers: object) -> list[Tensor]:
         _, a, b = self.weights[copy]
         return torch.ops.lorafx.routed_lora(
-            self.base(copy) if ys is None else list(ys), self.x, [a], b, self.caps, self.slots, self.shares,
-            self.count, self.owner, self.scale, self.windows, None, "auto",
+            ys, self.x, [a], b, self.caps, self.slots if in_use else self.nobody, self.shares,
+            self.count, self.owner, self.scale, self.windows, None, "auto", *layers,
         )  # fmt: skip
 
     def branches(self, copy: int) -> list[Tensor]:
@@ -100,38 +121,48 @@ class Data:
             for y, a_i, b_i in zip(self.base(copy), a.split(self.caps), b, strict=True)
         ]
 
-    def error(self) -> float:
-        """The worst row's rel-L2 error of the delta to float64, beyond one rounding of the output's dtype.
+    def errors(self) -> tuple[float, float]:
+        """The worst row's rel-L2 error to float64, beyond one rounding of the output's dtype: of the delta, and of the
+        layers' outputs where they are folded.
 
-        The sum is taken with an output of zeros, so that nothing is rounded away.
+        The delta is added to zeros where it can be, so that nothing is rounded away, else to what an idle call gives.
         """
-        _, a, b = self.weights[0]
-        outs = self.lorafx(0, [torch.zeros_like(y) for y in self.base(0)])
-        worst = 0.0
-        for out, a_i, b_i in zip(outs, a.split(self.caps), b, strict=True):
+        base, a, b = self.weights[0]
+        idle = self.folded(0, in_use=False) if self.folds else [torch.zeros_like(y) for y in self.base(0)]
+        outs = self.folded(0) if self.folds else self.apart(0, idle)
+        delta, layers = 0.0, 0.0
+        for out, y, weight, a_i, b_i in zip(outs, idle, base, a.split(self.caps), b, strict=True):
             for row in range(self.case.rows):
                 start, rank, _ = self.windows[row % len(self.case.ranks), 0].tolist()
                 live = slice(start, start + rank)
-                exact = SCALE * (self.x[row].double() @ a_i[live].double().T) @ b_i[live].double()
+                x = self.x[row].double()
+                exact = SCALE * (x @ a_i[live].double().T) @ b_i[live].double()
                 rounding = torch.finfo(out.dtype).eps / 2
-                worst = max(worst, ((out[row].double() - exact).norm() / exact.norm()).item() - rounding)
-        return worst
+                off = (out[row].double() - y[row].double() - exact).norm() - rounding * out[row].double().norm()
+                delta = max(delta, (off / exact.norm()).item())
+                if self.folds:
+                    exact = x @ weight.double().T
+                    layers = max(layers, ((y[row].double() - exact).norm() / exact.norm()).item() - rounding)
+        return delta, layers
 
 
 def measure(case: Case, rounds: int = 20) -> dict[str, float]:
-    """Microseconds of the base GEMMs ("base"), and of them with LoRA ("lorafx", "branches" where there is one
-    adapter), from CUDA graphs that take turns; "error" is what ``Data.error`` says.
+    """Microseconds of the base GEMMs ("base"), and of them with LoRA ("lorafx"; "apart": not folded, where that is;
+    "branches" where there is one adapter), from CUDA graphs that take turns; "error", "layers_error": what
+    ``Data.errors`` says.
 
     AssertionError: the result is wrong
     """
     data = Data(case, "cuda")
-    error = data.error()
-    assert error <= 1e-4, f"{case}: rel-L2 {error:.1e}"
+    error, layers_error = data.errors()
+    assert max(error, layers_error) <= 1e-4, f"{case}: rel-L2 {error:.1e}, of the layers {layers_error:.1e}"
     calls = {"base": data.base, "lorafx": data.lorafx}
+    if data.folds:
+        calls["apart"] = data.apart
     if len(case.ranks) == 1:
         calls["branches"] = data.branches
     graphs = {
         name: captured(lambda call=call: [call(copy) for copy in range(COPIES)]).replay for name, call in calls.items()
     }
     times = {name: 1000 * time / COPIES for name, time in medians(graphs, rounds).items()}
-    return {**times, "error": error}
+    return {**times, "error": error, "layers_error": layers_error}

@@ -75,11 +75,11 @@ def compiled(peft_targets: Sequence[str] = ()) -> CudaCode:
     return cuda_code(lambda: model(*arguments()))
 
 
-def fused(targets: Sequence[str], names: Sequence[str | None] | None = None) -> CudaCode:
+def fused(targets: Sequence[str], names: Sequence[str | None] | None = None, fold: bool = True) -> CudaCode:
     """lorafx.compile with two adapters, of which ``names`` says which each row uses (default: one of them)."""
     model = step()
     adapters = {name: adapter(model, targets) for name in ("one", "two")}
-    lorafx.compile(model, adapters, max_adapters=SLOTS)
+    lorafx.compile(model, adapters, max_adapters=SLOTS, options={"fold": fold})
     return cuda_code(lambda: model(*arguments(), adapter_names=list(names or ["one"] * ROWS)))
 
 
@@ -87,6 +87,8 @@ CONTENDERS: dict[str, Callable[[], CudaCode]] = {
     "base model": compiled,
     "PEFT, q k v": lambda: compiled(QKV),
     "PEFT, all seven": lambda: compiled(ALL),
+    "lorafx, q k v, not folded": lambda: fused(QKV, fold=False),
+    "lorafx, all seven, not folded": lambda: fused(ALL, fold=False),
     "lorafx, q k v": lambda: fused(QKV),
     "lorafx, q k v, mixed batch": lambda: fused(QKV, MIXED),
     "lorafx, all seven": lambda: fused(ALL),

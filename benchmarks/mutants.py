@@ -26,14 +26,14 @@ from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("_shrink.py", "_expand.py")
+KERNELS = ("_shrink.py", "_expand.py", "_layers.py")
 TESTS = "tests/kernels/triton_lowering/"
-FILES = (TESTS + "test_sgmv.py", TESTS + "test_edges.py")
+FILES = (TESTS + "test_layers.py", TESTS + "test_sgmv.py", TESTS + "test_edges.py")
 # A few broad ones go first: with -x they are the last to run for most mutants.
 FIRST = (
     "test_k[1030-decode] test_k[1030-prefill] test_several_pairs[decode] test_several_pairs[prefill] "
     "test_bias[False-decode] test_bias[False-prefill] test_tile_spans_rows[3-7] "
-    "test_float32_adapters_on_16_bit_base[base0]"
+    "test_float32_adapters_on_16_bit_base[base0] test_widths_and_k[1030-widths0-1] test_widths_and_k[1030-widths1-3]"
 ).split()
 
 COMPARE = {ast.Lt: "< <=", ast.LtE: "<= <", ast.Gt: "> >=", ast.GtE: ">= >", ast.Eq: "== !="}
@@ -59,9 +59,9 @@ EQUIVALENT = {
 CONFTEST = f"""
 from pathlib import Path
 import lorafx, lorafx.kernels, lorafx.kernels.sgmv, tests
-from lorafx.kernels import _expand, _routing, _shrink
+from lorafx.kernels import _expand, _layers, _routing, _shrink
 here = Path(__file__).parent
-for module in (lorafx, lorafx.kernels, lorafx.kernels.sgmv, _shrink, _expand, _routing, tests):
+for module in (lorafx, lorafx.kernels, lorafx.kernels.sgmv, _shrink, _expand, _layers, _routing, tests):
     if not Path(module.__file__).is_relative_to(here):
         raise RuntimeError(f"{{module.__name__}} comes from {{module.__file__}}, not from {{here}}")
 
@@ -193,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="mutants of each kernel")
     parser.add_argument("--seed", type=int, default=0, help="which of the possible mutants")
+    parser.add_argument("--kernel", choices=KERNELS, help="of this one alone")
     args = parser.parse_args()
 
     missed = 0
@@ -203,7 +204,7 @@ def main() -> int:
         if failed := caught_by(folder, timeout=None):
             raise RuntimeError(f"{failed} fails without any mutant")
         timeout = 60 + 3 * (time.monotonic() - start)
-        for file in KERNELS:
+        for file in [args.kernel] if args.kernel else KERNELS:
             path = folder / "lorafx" / "kernels" / file
             original = path.read_text()
             for mutant in sample(original, args.count, args.seed):

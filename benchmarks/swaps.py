@@ -25,6 +25,7 @@ from lorafx.adapters import AdapterWeights
 from lorafx.runtime import runtime_of
 
 RESIDENT, ROWS, RANK = 16, 64, 16
+RING = 24  # adapters of 5 MB that replace and the copies take in turn
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -47,13 +48,24 @@ def show(title: str, seconds: Mapping[str, list[float]], unit: str, against: str
         low, middle, high = statistics.quantiles(values, n=4)
         ratios = [a / b for a, b in zip(values, seconds[against], strict=True)]
         ratio = "" if name == against else f"  {statistics.median(ratios):6.2f} x {against}"
-        print(f"  {name:44s} {middle * scale:9.1f} {unit}  ({low * scale:.1f} to {high * scale:.1f}){ratio}")
+        shortest = min(values) * scale
+        times = f"{middle * scale:9.2f} {unit}  ({low * scale:.2f} to {high * scale:.2f}, shortest {shortest:.2f})"
+        print(f"  {name:44s} {times}{ratio}")
 
 
 def routing(compiled, names: list[str], rounds: int) -> None:
     """From a new list of names for every batch to the tensors that the ops read, and all that a call does around it."""
     bank, runtime = compiled.lora, runtime_of(compiled)
     batches = [[random.choice([*names, None]) for _ in range(ROWS)] for _ in range(rounds + 3)]
+
+    same = [random.choice([*names, None]) for _ in range(ROWS)]
+
+    def the_same_list(_: int) -> float:
+        def enter() -> None:
+            with runtime.selected(same), bank.forward():
+                pass
+
+        return timed(enter)
 
     def a_list(i: int) -> float:
         def enter() -> None:
@@ -69,7 +81,11 @@ def routing(compiled, names: list[str], rounds: int) -> None:
 
         return timed(enter)
 
-    contenders = {f"{ROWS} rows, a new list of names each time": a_list, "one name for the batch": one_name}
+    contenders = {
+        f"{ROWS} rows, a new list of names each time": a_list,
+        f"{ROWS} rows, the same list again": the_same_list,
+        "one name for the batch": one_name,
+    }
     show(
         f"routing among {len(names)} resident adapters, all that a call with adapter_names does before the model",
         take_turns(contenders, rounds),
@@ -79,20 +95,26 @@ def routing(compiled, names: list[str], rounds: int) -> None:
 
 
 def swapping(compiled, spare: list[AdapterWeights], rounds: int) -> None:
-    """``replace`` from weights already read, beside plain copies of the same bytes, each from a different adapter."""
+    """``replace`` from weights already read, beside plain copies of the same bytes.
+
+    All walk one ring of adapters, a third of it apart, so that the bytes of each were last read equally long ago, and
+    the ring is larger than a cache: what is read comes from memory, as it does where many adapters are kept.
+    """
     bank, flat = compiled.lora, torch.empty_like(spare[0].flat)
     tensors = [torch.empty_like(tensor) for site in spare[0].sites.values() for tensor in site.tensors()]
+
+    third = len(spare) // 3
 
     def plain(i: int) -> float:
         source = spare[i % len(spare)].flat
         return timed(lambda: flat.copy_(source))
 
     def tensor_by_tensor(i: int) -> float:
-        source = [tensor for site in spare[(i + 1) % len(spare)].sites.values() for tensor in site.tensors()]
+        source = [tensor for site in spare[(i + third) % len(spare)].sites.values() for tensor in site.tensors()]
         return timed(lambda: [mine.copy_(other) for mine, other in zip(tensors, source, strict=True)])
 
     def replace(i: int) -> float:
-        adapter = spare[(i + 2) % len(spare)]
+        adapter = spare[(i + 2 * third) % len(spare)]
         return timed(lambda: bank.replace("a0", adapter))
 
     contenders = {
@@ -140,7 +162,7 @@ def main() -> None:
         names = [f"a{i}" for i in range(RESIDENT)]
         for name in names:
             compiled.lora.load(name, folder)
-        spare = [compiled.lora.read(folder) for _ in range(8)]
+        spare = [compiled.lora.read(folder) for _ in range(RING)]
         print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {time.strftime('%Y-%m-%d')}")
         routing(compiled, names, rounds)
         swapping(compiled, spare, rounds)

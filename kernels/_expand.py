@@ -18,7 +18,7 @@ from lorafx.kernels._routing import (
 
 @triton.jit
 def expand_kernel(
-    y0_ptr,  # [tokens, WIDTHS[0]]
+    y0_ptr,  # [tokens, WIDTHS[0]]; all four None where the outputs hold it
     y1_ptr,
     y2_ptr,
     y3_ptr,
@@ -80,7 +80,11 @@ def expand_kernel(
     tile = first.to(tl.int64) * width
     offs = m[:, None] * width + n[None, :]  # [M, N]
     mask = valid[:, None] & (n < width)[None, :]
-    y_ptr = pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS) + tile
+    out_ptr = pick_ptr(sibling, out0_ptr, out1_ptr, out2_ptr, out3_ptr, SIBLINGS) + tile
+    if y0_ptr is None:
+        y_ptr = out_ptr
+    else:
+        y_ptr = pick_ptr(sibling, y0_ptr, y1_ptr, y2_ptr, y3_ptr, SIBLINGS) + tile
     if BLOCK_M == 1:  # on its way while the routing is read; a larger tile would not leave registers enough
         y = tl.load(y_ptr + offs, mask=mask, other=0.0)
 
@@ -166,5 +170,4 @@ def expand_kernel(
 
     if BLOCK_M > 1:
         y = tl.load(y_ptr + offs, mask=mask, other=0.0)
-    out_ptr = pick_ptr(sibling, out0_ptr, out1_ptr, out2_ptr, out3_ptr, SIBLINGS)
-    tl.store(out_ptr + tile + offs, (y.to(tl.float32) + delta).to(y.dtype), mask=mask)
+    tl.store(out_ptr + offs, (y.to(tl.float32) + delta).to(y.dtype), mask=mask)

@@ -6,10 +6,13 @@ A model of the work, not a measurement: caches, occupancy and the time of a laun
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 SIBLINGS = 4  # of one launch pair of the Triton kernels, as in sgmv.MAX_SIBLINGS
 FLOAT32 = 4  # bytes: what the kernels hand from shrink to expand
+FOLDED_TOKENS = 64  # that one program of a folded layer takes at most, as in schedule.MOST_LAYER_TOKENS
+LAUNCH = 1.23e-6  # seconds of a kernel that does nothing, in a CUDA graph: measured on an H100 (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ GPUS = {
 }
 
 
+def gpu_named(name: str) -> Gpu:
+    """Of the GPUs with known peaks the one that a device calls itself, such as "NVIDIA H100 80GB HBM3"; else an H100,
+    whose FLOPs for a byte are much like those of the others."""
+    words = re.split(r"[\s-]+", name.lower())
+    return next((gpu for key, gpu in GPUS.items() if key in words), GPUS["h100"])
+
+
+def fold_pays(gpu: Gpu, tokens: int, in_features: int, widths: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the layers of a group, computed in the shrink's launch, are modelled to take less time there, which has
+    fewer launches. More than ``FOLDED_TOKENS`` tokens read the weights again, and were not measured: never then."""
+    if tokens > FOLDED_TOKENS:
+        return False
+    none = (0,) * len(widths)
+    shape = GroupShape(tokens, in_features, widths, none, none, itemsize)
+    apart, folded = fused(shape, "triton"), fused(shape, "triton", folded=True)
+    return _modelled(gpu, folded) < _modelled(gpu, apart)
+
+
+def _modelled(gpu: Gpu, cost: Cost) -> float:
+    return gpu.least_seconds(cost) + cost.launches * LAUNCH
+
+
 def layers(shape: GroupShape) -> Cost:
     """The adapted layers' own products, without LoRA: ``y_i = x @ W_i.T``."""
     t, k, e = shape.tokens, shape.in_features, shape.itemsize
@@ -97,6 +122,11 @@ def fused(shape: GroupShape, lowering: str, folded: bool = False) -> Cost:
     weights = w * sum(r * (k + n) for n, r in siblings)
     outputs = 2 * e * t * sum(shape.widths)
     handed_on = 2 * FLOAT32 * t * sum(ranks)
+    if folded and lowering == "triton":
+        own = layers(shape)
+        again = (-(-t // FOLDED_TOKENS) - 1) * e * k * sum(shape.widths)
+        moved = own.bytes - e * t * k * (len(siblings) - 1) + again + weights + outputs + handed_on
+        return Cost(own.flops + flops, moved, 2 * -(-len(siblings) // SIBLINGS))
     if folded:  # x is in the cache of the layers' own product, outputs are written once, nothing is handed on
         own = layers(shape)
         return Cost(own.flops + flops, own.bytes - e * t * k * (len(siblings) - 1) + weights, 1)

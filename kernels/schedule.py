@@ -11,6 +11,8 @@ MAX_SPLIT_K = 32
 # [batch * tokens, k] is cut into tiles. Tiles of 16 rows with a pass for each adapter in them took 5 to 8 times as long
 # at 64 rows of 8 adapters on an H100.
 FEW_ROWS = 512
+FOLDED_CHUNK = 1024  # of k, for a program of the shrink beside folded layers
+MOST_LAYER_TOKENS = 64  # of a tile of a layer: so many read W once
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,23 @@ class Schedule:
 
 
 def schedule(
-    rows: int | None, tokens_per_row: int | None, k: int, widths: tuple[int, ...], max_rank: int, itemsize: int = 2
+    rows: int | None,
+    tokens_per_row: int | None,
+    k: int,
+    widths: tuple[int, ...],
+    max_rank: int,
+    itemsize: int = 2,
+    folded: bool = False,
+    capability: int = 90,
 ) -> Schedule:
     """Block sizes for one launch pair; any of them is right, they differ in speed.
 
     rows, tokens_per_row: None where only the run knows them (a dynamic shape), so that no guard is added;
     k: width of x; widths: of the outputs; max_rank: no adapter has a higher rank; itemsize: bytes of an operand of
-    the dots
+    the dots; folded: the layers are computed in the shrink's launch; capability: of an NVIDIA GPU, 90 for 9.0
     """
     if tokens_per_row == 1 and (rows is None or rows <= FEW_ROWS):
-        return _single_rows(rows, k, widths, max_rank)
+        return _single_rows(rows, k, widths, max_rank, folded)
     if rows is None or tokens_per_row is None:
         tokens = None
     else:
@@ -69,7 +78,7 @@ def schedule(
     return Schedule(
         spans=spans,
         shrink_m=shrink_m,
-        expand_m=min(longest, 32 if itemsize <= 2 else 64),
+        expand_m=min(longest, 32 if itemsize <= 2 or capability >= 100 else 64),  # 64 would spill on sm_100
         block_r=block_r,
         rank_blocks=min(4, -(-max_rank // block_r)),
         together=together,
@@ -84,11 +93,44 @@ def schedule(
     )
 
 
-def _single_rows(rows: int | None, k: int, widths: tuple[int, ...], max_rank: int) -> Schedule:
+@dataclass(frozen=True)
+class LayerSchedule:
+    """Of the siblings' own layers: a program takes ``tile_m`` tokens (1: sums of products, 16 and more: tensor cores)
+    and ``tile_n`` columns, in steps of ``block_k``, of which ``stages`` are on their way at once. ``first``: these
+    programs start before the shrink's."""
+
+    tile_m: int
+    tile_n: int
+    block_k: int
+    stages: int
+    first: bool
+
+
+def layer_schedule(
+    tokens: int | None, k: int, widths: tuple[int, ...], itemsize: int = 2, shared: int = 96 * 1024
+) -> LayerSchedule:
+    """Block sizes for the layers of one launch, the best of some hundred on an H100 (docs/performance.md).
+
+    tokens: None where only the run knows; shared: bytes of a multiprocessor's memory that one program may take
+    """
+    if tokens == 1:  # the shrink is short, and its programs start among the first if they are
+        return LayerSchedule(1, power_of_two(max(widths), 1, 8), power_of_two(k, 16, 512), 1, False)
+    tile_m = MOST_LAYER_TOKENS if tokens is None else power_of_two(tokens, 16, MOST_LAYER_TOKENS)
+    tile_n, block_k = power_of_two(max(widths), 16, 32), power_of_two(k, 16, 256 // itemsize)
+    programs = sum(-(-width // tile_n) for width in widths)
+    # Where each multiprocessor has one program, that one has more on its way. What a program takes of a multiprocessor
+    # the shrink's programs take too, and these are the more, the more rows there are.
+    stages = 3 if tile_m == MOST_LAYER_TOKENS else 6 if programs <= FULL_GPU else 4
+    room = shared // ((tile_m + tile_n) * block_k * itemsize)
+    return LayerSchedule(tile_m, tile_n, block_k, max(1, min(stages, room)), True)
+
+
+def _single_rows(rows: int | None, k: int, widths: tuple[int, ...], max_rank: int, folded: bool) -> Schedule:
     """Bound by latency and by the bytes of A and B: many small programs, long rows of loads, no padding of the one
-    token to a tile. The more rows, the larger the programs: these then wait for each other's launch."""
+    token to a tile. The more rows, the larger the programs: these then wait for each other's launch. Beside the folded
+    layers of several rows the shrink has time for longer programs, whose fewer sums the expand reads sooner."""
     block_k = power_of_two(k, 32, 256)
-    split_k = max(1, min(MAX_SPLIT_K, k // block_k))
+    split_k = max(1, min(MAX_SPLIT_K, k // (FOLDED_CHUNK if folded and rows != 1 else block_k)))
     block_n = 128 if max_rank <= 16 else 64
     if rows is not None:
         while split_k > 8 and rows * len(widths) * split_k > 4 * FULL_GPU:

@@ -1,6 +1,7 @@
 """The Triton lowering: two launches for a whole group, whatever the ranks and the adapters of the batch.
 
     shrink    S[token, lane] = x[token] @ A[lane]                          lanes of the windows in use, no others
+              y = x @ W.T + bias                                           where the siblings' own layers are folded
     expand    out = y + sum over pairs of weight * scale * (S @ B + bias)  every sibling, every column
 
 S is float32 and lives in ``torch.empty``: a lane that the shrink did not write is not read by the expand, because both
@@ -14,6 +15,7 @@ Under ``torch.compile`` on a GPU the op is a ``triton_op``, whose kernels Induct
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -23,9 +25,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from lorafx.errors import UnsupportedModelError
+from lorafx.kernels import cost
 from lorafx.kernels._expand import expand_kernel
 from lorafx.kernels._shrink import shrink_kernel
-from lorafx.kernels.schedule import power_of_two, schedule
+from lorafx.kernels.schedule import LayerSchedule, layer_schedule, power_of_two, schedule
 
 MAX_SIBLINGS = 4  # pointers of one launch; larger groups take further launches
 INTERPRETED = triton.knobs.runtime.interpret  # triton reads it when it decorates a kernel, so at import
@@ -43,12 +46,24 @@ def routed_lora(
     count: Tensor,
     scale: Tensor,
     windows: Tensor,
+    layers: Sequence[Tensor] = (),
+    layer_biases: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """See ``ops.py`` for every argument. Returns what is to replace ``ys``, same shapes and dtypes.
 
     float64 is not for these kernels, whose sums are float32: ``ops.py`` sends it to ATen.
     """
-    return _on_rows(ys, x, a, b, caps, slots, weights, count, scale, windows, [], [])
+    layers, layer_biases = list(layers), list(layer_biases)
+    return _on_rows(ys, x, a, b, caps, slots, weights, count, scale, windows, [], [], layers, layer_biases)
+
+
+def folds(tokens: int, k: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether layers of these sizes are computed sooner in the shrink's launch than by products of their own: what
+    ``cost.fold_pays`` says for this GPU, and only for 16-bit numbers, which tensor cores take as they are."""
+    if dtype.itemsize != 2:
+        return False
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else ""
+    return cost.fold_pays(cost.gpu_named(name), tokens, k, tuple(widths), dtype.itemsize)
 
 
 def fused_lora(
@@ -73,7 +88,7 @@ def fused_lora(
     if any(t is not None for t in scale_tensors):
         one = torch.ones((), dtype=torch.float32, device=x.device)
         scale = torch.stack([one if t is None else t.reshape(()).to(torch.float32) for t in scale_tensors])
-    return _on_rows(ys, x, a, rows, ranks, None, None, None, scale, None, bias_rows, scales)
+    return _on_rows(ys, x, a, rows, ranks, None, None, None, scale, None, bias_rows, scales, [], [])
 
 
 def _on_rows(ys: list[Tensor], x: Tensor, *rest: object) -> list[Tensor]:
@@ -106,10 +121,16 @@ def _sgmv(
     windows: Tensor | None,
     bias_rows: list[int],
     factors: list[float],
+    layers: list[Tensor],
+    layer_biases: list[Tensor | None],
 ) -> list[Tensor]:
     """The op ``lorafx::sgmv``, for x ``[rows, ..., in]``: ``routed_lora``, or without routing (slots, weights, count
-    and windows None) adapter rows ``[0, caps[i])`` for everyone, ``bias_rows[i]`` and ``factors[i]`` with them."""
-    outs = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
+    and windows None) adapter rows ``[0, caps[i])`` for everyone, ``bias_rows[i]`` and ``factors[i]`` with them.
+    Instead of ``ys``, ``layers`` and their biases."""
+    if layers:
+        ys = [torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device=x.device) for w in layers]
+    # The expand adds to what the layers' programs have written, in place.
+    outs = ys if layers else [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
     k, rows, row_tokens = x.shape[-1], x.shape[0], math.prod(x.shape[1:-1])
     tokens = rows * row_tokens
     if tokens == 0:
@@ -133,7 +154,14 @@ def _sgmv(
         widths = tuple(y.shape[-1] for y in own_y)
         one_dtype = x.dtype == own_a[0].dtype
         plan = schedule(
-            _known(rows), _known(row_tokens), k, widths, max(ranks), itemsize=x.dtype.itemsize if one_dtype else 4
+            _known(rows),
+            _known(row_tokens),
+            k,
+            widths,
+            max(ranks),
+            itemsize=x.dtype.itemsize if one_dtype else 4,
+            folded=bool(layers),
+            capability=capability(x.device),
         )
         # rows on the first axis of the grid, the only one that takes more than 65,535
         tiled, tile_rows = (tokens, 1) if plan.spans else (row_tokens, rows)
@@ -152,10 +180,19 @@ def _sgmv(
             "WINDOW_STRIDE": 0 if slots is None else windows.stride(0),
             "SPANS": plan.spans,
         }
-        # Behind the base GEMMs: before them, Inductor stores the x that both read twice.
-        blocks = -(-size // plan.together) * plan.rank_blocks * plan.split_k
-        wrap_triton(shrink_kernel)[(-(-tiled // plan.shrink_m) * tile_rows, blocks)](
-            x, *own_a, *absent, ys_here[-1], scratch, slots, windows, count, *sizes,
+        own_layers, own_biases = (
+            [tensors[i] for i in group] if layers else [None] * size for tensors in (layers, layer_biases)
+        )
+        shrink_programs = -(-tiled // plan.shrink_m) * tile_rows
+        shrink_programs *= -(-size // plan.together) * plan.rank_blocks * plan.split_k
+        layer_programs, layer_options = _layer_plan(x, own_layers if layers else [], tokens)
+        wrap_triton(shrink_kernel)[(layer_programs + shrink_programs,)](
+            x, *own_a, *absent,
+            # Behind the base GEMMs: before them, Inductor stores the x that both read twice.
+            None if layers else ys_here[-1],
+            *own_layers, *absent, *own_biases, *absent, *(ys_here if layers else own_layers), *absent,
+            scratch, slots, windows, count, *sizes, layer_programs,
+            **layer_options,
             K=k,
             BLOCK_M=plan.shrink_m,
             BLOCK_R=plan.block_r,
@@ -172,7 +209,7 @@ def _sgmv(
             **shared,
         )  # fmt: skip
         wrap_triton(expand_kernel)[(-(-tiled // plan.expand_m) * tile_rows, column_tiles)](
-            *ys_here, *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
+            *[None if layers else y for y in ys_here], *absent, *own_b, *absent, *(outs[i] for i in group), *absent,
             scratch, slots, weights, windows, scale, count, *sizes,
             WIDTHS=widths,
             FIRST_TILES=tuple(first_tiles),
@@ -193,6 +230,48 @@ def _sgmv(
             **shared,
         )  # fmt: skip
     return outs
+
+
+def _layer_plan(x: Tensor, layers: list[Tensor], tokens: int | torch.SymInt) -> tuple[int | torch.SymInt, dict]:
+    """How many programs compute the layers of one launch, and what the kernel has to know of them.
+
+    x: ``[tokens, k]``; layers: rows of all equally far apart (``passes/fold_layers.py`` folds no others)
+    """
+    widths = tuple(weight.shape[0] for weight in layers)
+    if not layers:
+        plan, first_tiles, column_tiles, stride = LayerSchedule(1, 1, 1, 1, True), (), 0, 0
+    else:
+        itemsize = 4 if INTERPRETED else x.dtype.itemsize
+        plan = layer_schedule(_known(tokens), x.shape[-1], widths, itemsize, shared_memory(x.device))
+        *first_tiles, column_tiles = accumulate((-(-width // plan.tile_n) for width in widths), initial=0)
+        stride = layers[0].stride(0)
+    return -(-tokens // plan.tile_m) * column_tiles, {
+        "WIDTHS": widths,
+        "FIRST_TILES": tuple(first_tiles),
+        "COLUMN_TILES": column_tiles,
+        "W_STRIDE": stride,
+        "W_ALIGNED": all(_aligned(weight) for weight in layers),
+        "LAYER_M": plan.tile_m,
+        "LAYER_N": plan.tile_n,
+        "LAYER_K": plan.block_k,
+        "LAYER_STAGES": plan.stages,
+        "LAYERS_FIRST": plan.first,
+    }
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take there."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 64 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def capability(device: torch.device) -> int:
+    """Of an NVIDIA GPU, 90 for 9.0; 0 elsewhere."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch_groups(ys: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[list[int]]:
@@ -237,6 +316,12 @@ def _known(size: int | torch.SymInt) -> int | None:
 
 if INTERPRETED:
     sgmv = torch.library.custom_op("lorafx::sgmv", _sgmv, mutates_args=())
-    sgmv.register_fake(lambda ys, *_: [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys])
+
+    @sgmv.register_fake
+    def _(ys, x, *rest):
+        if layers := rest[-2]:
+            return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in layers]
+        return [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
+
 else:
     sgmv = torch.library.triton_op("lorafx::sgmv", _sgmv, mutates_args=())

@@ -31,6 +31,17 @@ class Launch:
     tiles: dict[tuple[int, int], list[numpy.ndarray]] = field(default_factory=lambda: defaultdict(list))
     elements: set[int] = field(default_factory=set)  # of the bank's storage, which were read
 
+    def in_rows_of(self, width: int) -> Launch:
+        """The same, where the programs count along one axis: ``width`` of them to a row."""
+        height, depth = self.grid
+        if depth == width:
+            return self
+
+        def turned(noted: dict[tuple[int, int], list[numpy.ndarray]]) -> dict[tuple[int, int], list[numpy.ndarray]]:
+            return {divmod(program, width): blocks for (program, _), blocks in noted.items()}
+
+        return Launch(self.kernel, (height // width, width), turned(self.reads), turned(self.tiles), self.elements)
+
 
 @contextmanager
 def recording(store: PackedStore) -> Iterator[list[Launch]]:

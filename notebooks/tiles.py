@@ -48,6 +48,7 @@ def programs(launch: Launch, rows: Sequence[str], columns: Sequence[str], names:
 
     rows, columns: labels of the grid's two axes; equal neighbours of columns, up to the last line, share one
     """
+    launch = launch.in_rows_of(len(columns))
     height, width = launch.grid
     idle = "leaves" if launch.kernel == "shrink" else "copies y"
     figure, axes = plt.subplots(figsize=(11, 1.05 * height + 1.1))
@@ -77,6 +78,7 @@ def tiles(
 ) -> Figure:
     """A box for each program: the tile ``[tokens, lanes]`` of S that it stores, its lanes those of each sibling in
     turn."""
+    launch = launch.in_rows_of(len(columns))
     height, width = launch.grid
     figure, every = plt.subplots(height, width, figsize=(9.6, 0.75 * height + 1.1), squeeze=False)
     for i in range(height):

@@ -27,7 +27,7 @@ def test_says_that_there_is_no_gpu(tmp_path):
 def test_contenders_compute_the_same(rows, tokens, ranks, adapter_dtype, monkeypatch):
     monkeypatch.setitem(gpu_kernels.GROUPS, "q,k,v", (64, (64, 32, 32)))
     data = Data(Case("q,k,v", rows, tokens, ranks, adapter_dtype), "cpu")
-    assert data.error() <= 1e-4
+    assert max(data.errors()) <= 1e-4
     if len(ranks) == 1:
         for ours, theirs, base in zip(data.lorafx(0), data.branches(0), data.base(0), strict=True):
             added = (theirs - base).norm()
@@ -39,7 +39,7 @@ def test_a_wrong_result_is_seen(monkeypatch):
     monkeypatch.setitem(gpu_kernels.GROUPS, "q,k,v", (64, (64, 32, 32)))
     data = Data(Case("q,k,v", 2, 3, (4, 8), torch.float32), "cpu")
     data.slots[1, 0] = 0  # the second row takes the first adapter
-    assert data.error() > 0.1
+    assert data.errors()[0] > 0.1
 
 
 def test_cases_are_told_apart():
@@ -50,10 +50,10 @@ def test_cases_are_told_apart():
 
 
 @pytest.mark.slow
-def test_models_of_the_benchmark(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_models_of_the_benchmark():
     """A tiny model on a CPU: every contender runs, and each is as near to PEFT in float64 as PEFT is."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     base = forward_pass.make_base(2, forward_pass.TINY, "cpu", torch.bfloat16)
     for case in (
         forward_pass.Case(4, 1, (4, 8, 16), forward_pass.ALL),

@@ -110,6 +110,20 @@ def test_mixed_batches_and_swaps(mode, dtype, folders):
     assert report.graphs[0].passes.after["lorafx.routed_lora"] == 8
 
 
+@pytest.mark.parametrize("sizes", [(1, 5, 3, 8), (5, 70, 2)], ids=str)
+def test_batches_of_several_sizes(sizes, folders):
+    """A decode step in 16 bits has the layers folded in, also where one graph serves every size."""
+    plain = peft(folders, torch.bfloat16)
+    model = lorafx.compile(llama(torch.bfloat16), {name: folders[name] for name in CONFIGS})
+    for rows in sizes:
+        names = (NAMES * rows)[:rows]
+        ids = tokens(rows, 1)
+        assert_close(logits(model, ids, names), logits(plain, ids, names), BOUNDS[torch.bfloat16])
+    report = lorafx.explain(model)
+    assert len(report.graphs) <= 2
+    assert all(graph.passes.folded == 14 for graph in report.graphs)
+
+
 def test_peft_model(folders):
     """Adapters that PEFT holds: its parameters become views of the bank."""
     plain, model = peft(folders), lorafx.compile(peft(folders))

@@ -47,7 +47,8 @@ SLOTS, SITES = 4, 224  # adapters in the bank; seven linear layers in each of 32
 
 @dataclass(frozen=True)
 class Variant:
-    """One call of the op. ``routed=False``: one adapter for every row, as it stands in a graph."""
+    """One call of the op. ``routed=False``: one adapter for every row, as it stands in a graph; ``folded``: with the
+    siblings' own layers."""
 
     rows: int
     tokens: int  # of each row
@@ -56,16 +57,19 @@ class Variant:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     routed: bool = True
+    folded: bool = False
 
     def __str__(self) -> str:
         what = f"decode {self.rows}" if self.tokens == 1 else f"prefill {self.rows}x{self.tokens}"
         x, a = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.adapter_dtype))
-        return f"{what}, {self.layer}, r{self.rank}, {x} x {a}" + ("" if self.routed else ", no routing")
+        kind = ", folded" if self.folded else "" if self.routed else ", no routing"
+        return f"{what}, {self.layer}, r{self.rank}, {x} x {a}{kind}"
 
     @property
     def wants_matrix_instructions(self) -> bool:
         """Tokens enough for a tile, and operands that every one of these GPUs multiplies as matrices."""
-        return self.tokens > 1 and self.dtype.itemsize == self.adapter_dtype.itemsize == 2
+        many = self.tokens > 1 or (self.folded and self.rows > 1)
+        return many and self.dtype.itemsize == self.adapter_dtype.itemsize == 2
 
     def call(self) -> list[Tensor]:
         """``sgmv._sgmv`` on tensors without storage."""
@@ -78,13 +82,16 @@ class Variant:
             b = [torch.empty(cap, n, dtype=self.adapter_dtype) for n in widths]
             caps = [cap] * len(widths)
             if not self.routed:
-                return sgmv._sgmv(ys, x, a, b, caps, None, None, None, None, None, [-1] * len(b), [1.0] * len(b))
+                rest = ([-1] * len(b), [1.0] * len(b), [], [])
+                return sgmv._sgmv(ys, x, a, b, caps, None, None, None, None, None, *rest)
             slots = torch.empty(MAX_ROWS, MAX_PAIRS, dtype=torch.int32)
             weights = torch.empty(MAX_ROWS, MAX_PAIRS)
             count = torch.empty((), dtype=torch.int64)
             scale = torch.empty(SLOTS, SITES)[:, : len(b)]
             windows = torch.empty(SLOTS, SITES, 3, dtype=torch.int32)[:, : len(b)]
-            return sgmv._sgmv(ys, x, a, b, caps, slots, weights, count, scale, windows, [], [])
+            layers = [torch.empty(n, k, dtype=self.dtype) for n in widths] if self.folded else []
+            ys, none = ([], [None] * len(widths)) if self.folded else (ys, [])
+            return sgmv._sgmv(ys, x, a, b, caps, slots, weights, count, scale, windows, [], [], layers, none)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -101,6 +108,13 @@ VARIANTS = [
     Variant(8, 512, "gate/up", 64, BF16, BF16),
     Variant(8, 512, "qkv", 64, BF16, FP32),
     Variant(8, 512, "qkv", 16, FP32, FP32),
+    Variant(1, 1, "qkv", 16, BF16, BF16, folded=True),
+    Variant(1, 1, "down", 16, BF16, FP32, folded=True),
+    Variant(8, 1, "qkv", 16, BF16, BF16, folded=True),
+    Variant(8, 1, "down", 64, FP16, FP16, folded=True),
+    Variant(64, 1, "qkv", 16, BF16, BF16, folded=True),
+    Variant(64, 1, "gate/up", 64, BF16, FP32, folded=True),
+    Variant(1, 32, "qkv", 16, BF16, BF16, folded=True),
 ]
 
 
@@ -140,7 +154,10 @@ def launches_of(call, target: str) -> list[Launch]:
     def on_target(device, *dtypes):
         return precision(torch.device("cuda") if TARGETS[target].backend == "cuda" else device, *dtypes)
 
-    with mock.patch.multiple(sgmv, wrap_triton=Recorder, dot_precision=on_target):
+    shared = SHARED[target] - RESERVED[TARGETS[target].backend]
+    capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
+    told = {"shared_memory": lambda device: shared, "capability": lambda device: capability}
+    with mock.patch.multiple(sgmv, wrap_triton=Recorder, dot_precision=on_target, **told):
         call()
     return launches
 

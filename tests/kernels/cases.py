@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafx.kernels import ops, reference  # noqa: F401  (ops: defines what run() calls)
 
@@ -195,3 +196,28 @@ def assert_delta(case: Case, outs: list[Tensor], bound: float = BOUND) -> None:
             error = ((got - delta).norm() / delta.norm()).item()
             allowed = bound + (rounding / delta.norm()).item()
             assert error <= allowed, f"sibling {i}, row {row}: rel-L2 {error:.2e} > {allowed:.2e}"
+
+
+def fold(case: Case, biases: bool) -> tuple[Case, list[Tensor], list[Tensor | None]]:
+    """``case`` with layers of random weights; its ``ys`` are their outputs, to the rounding of the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    k, dtype = case.x.shape[-1], case.x.dtype
+    layers = [(torch.randn(y.shape[-1], k, generator=generator) / k**0.5).to(dtype) for y in case.ys]
+    added = (
+        [torch.randn(y.shape[-1], generator=generator).to(dtype) for y in case.ys] if biases else [None] * len(layers)
+    )
+    if biases and len(added) > 1:
+        added[1] = None  # as Whisper's k has none
+    exact = [
+        F.linear(case.x.double(), w.double(), c if c is None else c.double())
+        for w, c in zip(layers, added, strict=True)
+    ]
+    return replace(case, ys=exact), layers, added
+
+
+def run_folded(case: Case, layers: list[Tensor], biases: list[Tensor | None], lowering: str) -> list[Tensor]:
+    """As ``Case.run``, the layers computed in the op."""
+    device = KERNEL_DEVICE if lowering == "triton" else "cpu"
+    own = [[None if t is None else t.to(device) for t in tensors] for tensors in (layers, biases)]
+    outs = torch.ops.lorafx.routed_lora([], *case.on(device).args()[1:], None, lowering, *own)
+    return [out.cpu() for out in outs]

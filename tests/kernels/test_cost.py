@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from lorafx.kernels import sgmv
-from lorafx.kernels.cost import GPUS, SIBLINGS, Cost, GroupShape, fused, layers, separate
+from lorafx.kernels import schedule, sgmv
+from lorafx.kernels.cost import (
+    FOLDED_TOKENS,
+    GPUS,
+    SIBLINGS,
+    Cost,
+    GroupShape,
+    fold_pays,
+    fused,
+    gpu_named,
+    layers,
+    separate,
+)
 
 # one token, 8 wide, into 8 and 4; ranks 2 and 1 in use, of 6 and 2 rows
 SHAPE = GroupShape(1, 8, (8, 4), (2, 1), (6, 2), itemsize=2, bank_itemsize=4)
@@ -71,3 +83,37 @@ def test_roofline_is_the_slower_of_memory_and_arithmetic():
     prefill = fused(GroupShape(4096, 4096, (4096,), (16,), (16,), 2, 2), "triton")
     assert decode.bytes / h100.bandwidth > decode.flops / h100.flops
     assert prefill.bytes / h100.bandwidth < prefill.flops / h100.flops
+
+
+def test_folded_into_the_shrink():
+    """Two launches in all; the weights are read once more for each further tile of tokens."""
+    few = fused(SHAPE, "triton", folded=True)
+    assert few.launches == 2
+    assert few.flops == separate(SHAPE).flops
+    many = replace(SHAPE, tokens=2 * FOLDED_TOKENS + 1)
+    apart, folded = fused(many, "triton"), fused(many, "triton", folded=True)
+    x_twice = 2 * 2 * 8 * many.tokens  # the two layers and the shrink are one reader
+    assert folded.bytes == apart.bytes - x_twice + 2 * 2 * 8 * 12
+    assert FOLDED_TOKENS == schedule.MOST_LAYER_TOKENS
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+def test_where_folding_pays(gpu):
+    """For a decode step, and not for a prefill."""
+    for sizes in ((4096, (14336, 14336)), (256, (256, 64, 64)), (14336, (4096,))):
+        assert all(fold_pays(gpu, tokens, *sizes, 2) for tokens in (1, 8, FOLDED_TOKENS))
+        assert not any(fold_pays(gpu, tokens, *sizes, 2) for tokens in (FOLDED_TOKENS + 1, 512, 8192))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", "h100")],
+)
+def test_gpus_by_the_names_they_have(name, key):
+    assert gpu_named(name) is GPUS[key]
+
+
+def test_only_16_bits_are_folded_on_a_gpu():
+    cpu = torch.device("cpu")
+    assert sgmv.folds(8, 4096, (4096, 1024, 1024), torch.bfloat16, cpu)
+    assert not sgmv.folds(8, 4096, (4096, 1024, 1024), torch.float32, cpu)

@@ -14,36 +14,15 @@ from torch.nn import functional as F
 from lorafx.errors import UnsupportedModelError
 from lorafx.kernels import cpp
 from lorafx.kernels.ops import resolve_lowering
-from tests.kernels.cases import BASE, RANKS, SIXTEEN_BITS, Case, assert_delta, make_case
+from tests.kernels.cases import BASE, RANKS, SIXTEEN_BITS, Case, assert_delta, fold, make_case, run_folded
 
 BUILT = cpp.is_built()
 needs_compiler = pytest.mark.skipif(not BUILT, reason="no C++20 compiler")
 
 
-def fold(case: Case, biases: bool) -> tuple[Case, list[torch.Tensor], list[torch.Tensor | None]]:
-    """``case`` with layers of random weights; its ``ys`` are their outputs, to the rounding of the dtype."""
-    generator = torch.Generator().manual_seed(0)
-    k, dtype = case.x.shape[-1], case.x.dtype
-    layers = [(torch.randn(y.shape[-1], k, generator=generator) / k**0.5).to(dtype) for y in case.ys]
-    added = (
-        [torch.randn(y.shape[-1], generator=generator).to(dtype) for y in case.ys] if biases else [None] * len(layers)
-    )
-    if biases and len(added) > 1:
-        added[1] = None  # as Whisper's k has none
-    exact = [
-        F.linear(case.x.double(), w.double(), c if c is None else c.double())
-        for w, c in zip(layers, added, strict=True)
-    ]
-    return replace(case, ys=exact), layers, added
-
-
-def run_folded(case: Case, layers: list[torch.Tensor], biases: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    return torch.ops.lorafx.routed_lora([], *case.args()[1:], None, "cpp", layers, biases)
-
-
 def assert_folded(case: Case, layers: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
     """Base and adapters together are as near to float64 as one rounding and float32 sums allow."""
-    for out, expected in zip(run_folded(case, layers, biases), case.expected(), strict=True):
+    for out, expected in zip(run_folded(case, layers, biases, "cpp"), case.expected(), strict=True):
         assert out.dtype == case.x.dtype
         allowed = torch.finfo(out.dtype).eps / 2 + (1e-5 if len(case.x) * case.x.shape[1] <= 16 else 3e-3)
         if out.dtype == torch.float32:
@@ -122,8 +101,8 @@ def test_folded(rows, dtype, biases):
 @needs_compiler
 def test_folded_base_rows_are_those_of_an_idle_call():
     case, layers, none = fold(make_case(tokens=(1,)), biases=False)
-    idle = run_folded(replace(case, slots=torch.full_like(case.slots, -1)), layers, none)
-    for out, base in zip(run_folded(case, layers, none), idle, strict=True):
+    idle = run_folded(replace(case, slots=torch.full_like(case.slots, -1)), layers, none, "cpp")
+    for out, base in zip(run_folded(case, layers, none, "cpp"), idle, strict=True):
         assert torch.equal(out[1], base[1])
         assert not torch.equal(out[2], base[2])
 
@@ -139,7 +118,7 @@ def test_bits_of_a_row_depend_on_the_row_alone(folded):
     case = replace(folded_case, ys=case.ys)
 
     def run(case):
-        return run_folded(case, layers, biases) if folded else case.run("cpp")
+        return run_folded(case, layers, biases, "cpp") if folded else case.run("cpp")
 
     whole = run(case)
     threads = torch.get_num_threads()
@@ -197,7 +176,7 @@ def test_gradients_go_to_aten():
     case = make_case(poison="none", tokens=(2,))
     case, layers, none = fold(case, biases=False)
     x = case.x.clone().requires_grad_()
-    sum(out.sum() for out in run_folded(replace(case, x=x), layers, none)).backward()
+    sum(out.sum() for out in run_folded(replace(case, x=x), layers, none, "cpp")).backward()
     other = case.x.double().requires_grad_()
     sum(
         out.sum() for out in replace(case, x=other, ys=[F.linear(other, w.double()) for w in layers]).run("aten")

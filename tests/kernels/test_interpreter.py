@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+FILES = {path.name: path for path in (HERE / "triton_lowering").glob("test_*.py")}
 
 
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_lowering")]
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_kernels_in_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FILES[file])]
     run = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -25,5 +29,5 @@ def test_kernels_in_the_interpreter():
     summary = run.stdout.splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed, summary
-    assert int(passed[1]) > 50, summary
+    assert int(passed[1]) > 5, summary
     assert "skipped" not in summary

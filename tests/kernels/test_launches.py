@@ -28,12 +28,13 @@ pytestmark = pytest.mark.skipif(
 
 BASE = 14  # launches of the layer without adapters
 TARGETS = {"q k v": QKV, "all seven": ALL}
-MOST = {"q k v": 16, "all seven": 22}  # launches
-TABLES = {  # what each kernel takes of the graph's inputs
+MOST = {("q k v", False): 16, ("all seven", False): 22, ("q k v", True): 13, ("all seven", True): 15}  # launches
+TABLES = {  # what each kernel takes of the graph's inputs, but for the layers' own weights
     "shrink_kernel": ("weights of the bank", "slots", "windows", "count"),
     "expand_kernel": ("weights of the bank", "slots", "weights", "windows", "scale", "count"),
 }
-GROUPS = {"q k v": 1, "all seven": 4}  # q k v; o; gate and up; down
+GROUPS = {"q k v": [3], "all seven": [3, 1, 2, 1]}  # q k v; o; gate and up; down
+FOLD = pytest.mark.parametrize("fold", [False, True], ids=["apart", "folded"])
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def _not_tried(monkeypatch):
     monkeypatch.setenv("LORAFX_VALIDATE", "0")  # nothing runs here: fake tensors prove nothing
 
 
-code_for = functools.cache(lambda which, mixed=False: fused(TARGETS[which], MIXED if mixed else None))
+code_for = functools.cache(lambda which, fold, mixed=False: fused(TARGETS[which], MIXED if mixed else None, fold))
 
 
 @pytest.mark.parametrize(
@@ -67,43 +68,51 @@ def test_base_model() -> None:
     assert launches.total == BASE
 
 
+@FOLD
 @pytest.mark.parametrize("which", TARGETS)
-def test_launches(which: str) -> None:
-    launches = count_launches(code_for(which))
-    assert len(launches.gemms) == 7
-    assert launches.user_kernels("shrink_kernel") == GROUPS[which]
-    assert launches.user_kernels("expand_kernel") == GROUPS[which]
-    assert len(launches.user) == 2 * GROUPS[which]
+def test_launches(which: str, fold: bool) -> None:
+    launches = count_launches(code_for(which, fold))
+    groups = GROUPS[which]
+    assert len(launches.gemms) == (7 - sum(groups) if fold else 7)
+    assert launches.user_kernels("shrink_kernel") == len(groups)
+    assert launches.user_kernels("expand_kernel") == len(groups)
+    assert len(launches.user) == 2 * len(groups)
     assert (launches.copies, launches.memsets, launches.host_syncs) == ([], [], [])
-    assert launches.total <= MOST[which]
+    assert launches.total <= MOST[which, fold]
 
 
+@FOLD
 @pytest.mark.parametrize("which", TARGETS)
-def test_no_input_is_written(which: str) -> None:
-    code = code_for(which)
+def test_no_input_is_written(which: str, fold: bool) -> None:
+    code = code_for(which, fold)
     assert code.written_inputs == ()
     assert not re.search(r"\.copy_\(|\.clone\(", code.body)
 
 
+@FOLD
 @pytest.mark.parametrize("which", TARGETS)
-def test_tables_are_read_where_they_lie(which: str) -> None:
+def test_tables_are_read_where_they_lie(which: str, fold: bool) -> None:
     """The bank and the routing reach the kernels as the inputs they are."""
-    for kernel, given in launched(code_for(which)):
+    siblings = iter(GROUPS[which])
+    for kernel, given in launched(code_for(which, fold)):
         inputs = {name for name in given if name.startswith("arg")}
-        assert len(inputs) == len(TABLES[kernel]), f"{kernel} takes {sorted(inputs)} of the graph's inputs"
+        weights = next(siblings) if fold and kernel == "shrink_kernel" else 0
+        assert len(inputs) == len(TABLES[kernel]) + weights, f"{kernel} takes {sorted(inputs)} of the graph's inputs"
 
 
+@FOLD
 @pytest.mark.parametrize("which", TARGETS)
-def test_normalised_input_is_stored_once(which: str) -> None:
+def test_normalised_input_is_stored_once(which: str, fold: bool) -> None:
     """Read by the GEMMs and by the shrink alike, out of one buffer."""
-    kernels = code_for(which).kernels
+    kernels = code_for(which, fold).kernels
     norms = [source for name, source in kernels.items() if "rsqrt" in name]
     assert [source.count("tl.store(") for source in norms] == [1, 1]
 
 
+@FOLD
 @pytest.mark.parametrize("which", TARGETS)
-def test_a_mixed_batch_has_the_same_code(which: str) -> None:
-    mixed, one = code_for(which, mixed=True), code_for(which)
+def test_a_mixed_batch_has_the_same_code(which: str, fold: bool) -> None:
+    mixed, one = code_for(which, fold, mixed=True), code_for(which, fold)
     assert mixed.kernels.keys() == one.kernels.keys()
     # whether, not where: pytest would compare thousands of lines for minutes
     same = mixed.body == one.body and mixed.kernels == one.kernels
@@ -120,15 +129,16 @@ def launched(code: CudaCode) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(8, 1), (1, 64), (3, 5)])
-@pytest.mark.parametrize("routed", [True, False], ids=["routed", "one adapter"])
-def test_what_the_kernels_write(rows: int, tokens: int, routed: bool) -> None:
-    """The shrink its scratch, the expand its outputs; Inductor finds this in Triton's code."""
-    shrink, expand = written(lambda: call_op(rows, tokens, routed))
-    assert shrink == ("shrink_kernel", ["s_ptr"])
+@pytest.mark.parametrize("kind", ["routed", "one adapter", "folded"])
+def test_what_the_kernels_write(rows: int, tokens: int, kind: str) -> None:
+    """The shrink its scratch, and what layers give; the expand its outputs; Inductor finds this in Triton's code."""
+    shrink, expand = written(lambda: call_op(rows, tokens, kind))
+    layers = ["y0_ptr", "y1_ptr", "y2_ptr"] if kind == "folded" else []
+    assert shrink == ("shrink_kernel", ["s_ptr", *layers])
     assert expand == ("expand_kernel", ["out0_ptr", "out1_ptr", "out2_ptr"])
 
 
-def call_op(rows: int, tokens: int, routed: bool) -> None:
+def call_op(rows: int, tokens: int, kind: str) -> None:
     """Three siblings, four slots."""
     dtype, widths, k, cap = torch.bfloat16, (256, 64, 64), 256, 32
     x = torch.empty(rows, tokens, k, dtype=dtype)
@@ -142,8 +152,14 @@ def call_op(rows: int, tokens: int, routed: bool) -> None:
         torch.empty(4, 7)[:, :3],  # scale
         torch.empty(4, 7, 3, dtype=torch.int32)[:, :3],  # windows
     )
-    rest = ([], []) if routed else ([-1] * 3, [1.0] * 3)
-    sgmv._sgmv(ys, x, a, b, [cap] * 3, *(tables if routed else [None] * 5), *rest)
+    if kind == "one adapter":
+        sgmv._sgmv(ys, x, a, b, [cap] * 3, *[None] * 5, [-1] * 3, [1.0] * 3, [], [])
+    elif kind == "routed":
+        sgmv._sgmv(ys, x, a, b, [cap] * 3, *tables, [], [], [], [])
+    else:
+        layers = [torch.empty(width, k, dtype=dtype) for width in widths]
+        biases = [torch.empty(width, dtype=dtype) for width in widths]
+        sgmv._sgmv([], x, a, b, [cap] * 3, *tables, [], [], layers, biases)
 
 
 def written(call) -> list[tuple[str, list[str]]]:

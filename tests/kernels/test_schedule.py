@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from lorafx.kernels.schedule import FEW_ROWS, FULL_GPU, MAX_SPLIT_K, Schedule, schedule
+from lorafx.kernels.schedule import (
+    FEW_ROWS,
+    FULL_GPU,
+    MAX_SPLIT_K,
+    LayerSchedule,
+    Schedule,
+    layer_schedule,
+    schedule,
+)
 
 LLAMA = {"k": 4096, "widths": (4096, 1024, 1024), "max_rank": 64}
 
@@ -84,3 +92,40 @@ def test_flattened_batch_is_no_decode():
 def test_programs_do_not_outgrow_the_gpu():
     plan = schedule(2, 512, **LLAMA)
     assert plan.split_k * (2 * 512 // plan.shrink_m) <= 2 * FULL_GPU
+
+
+H100 = 227 * 1024  # bytes of shared memory that a program may take
+
+
+def test_layers_of_a_decode_step():
+    k, widths = LLAMA["k"], LLAMA["widths"]
+    assert layer_schedule(1, k, widths, shared=H100) == LayerSchedule(1, 8, 512, 1, False)
+    assert layer_schedule(8, k, widths, shared=H100) == LayerSchedule(16, 32, 128, 4, True)
+    assert layer_schedule(8, k, (4096,), shared=H100) == LayerSchedule(16, 32, 128, 6, True)
+    assert layer_schedule(64, k, widths, shared=H100) == LayerSchedule(64, 32, 128, 3, True)
+    assert layer_schedule(None, k, widths, shared=H100).tile_m == 64
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64, 1000, None])
+@pytest.mark.parametrize(("k", "widths"), [(1, (1,)), (70, (17, 2049)), (14336, (4096,))])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shared", [48 * 1024, 64 * 1024, H100])
+def test_tiles_of_layers_are_what_triton_takes(tokens, k, widths, itemsize, shared):
+    plan = layer_schedule(tokens, k, widths, itemsize, shared)
+    for block in (plan.tile_m, plan.tile_n, plan.block_k):
+        assert block & (block - 1) == 0
+    if tokens != 1:
+        assert min(plan.tile_m, plan.tile_n, plan.block_k) >= 16  # tl.dot takes no less
+        assert plan.stages == 1 or plan.stages * (plan.tile_m + plan.tile_n) * plan.block_k * itemsize <= shared
+
+
+def test_a_shrink_beside_folded_layers_has_longer_programs():
+    assert schedule(8, 1, **LLAMA, folded=True).chunk == 1024
+    assert schedule(1, 1, **LLAMA, folded=True) == schedule(1, 1, **LLAMA)
+
+
+def test_registers_of_a_blackwell():
+    hopper, blackwell = (schedule(8, 512, **LLAMA, itemsize=4, capability=one) for one in (90, 100))
+    assert (hopper.expand_m, blackwell.expand_m) == (64, 32)
+    assert replace(blackwell, expand_m=64) == hopper
+    assert schedule(8, 512, **LLAMA, capability=100) == schedule(8, 512, **LLAMA, capability=90)

@@ -78,6 +78,7 @@ def test_whole_model(ranks, dtype, partner, tmp_path) -> None:
     report = lorafx.explain(model)
     assert {group.lowering for group in report.groups} == {"triton"}
     assert len(report.groups) == 4
+    assert report.folded == (7 if dtype == torch.float16 else 0)
 
 
 def test_inside_inductor(partner) -> None:
