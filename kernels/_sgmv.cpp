@@ -23,6 +23,10 @@
 #include <optional>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has no such name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::headeronly::BFloat16;

@@ -30,6 +30,9 @@ each a tensor or None). There is no ``ys`` then: it is ``x @ layers[i].T + biase
 
 ``spread`` is what ``lorafx::row_weights`` made of the routing, once for all groups of a graph; only the ATen lowering
 reads it, and makes it itself where it is not given.
+
+``last`` is there where adapters may begin at a position of their own (``late_rows.py``): of each entry of the routing,
+how many of the last positions have it. The others get ``ys``, so no layer is folded then.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafx.kernels import aten, cpp, reference
+from lorafx.kernels.late_rows import keep_base
 
 LOWERINGS = ("auto", "cpp", "aten", "triton", "reference")
 
@@ -52,7 +56,7 @@ _library.define(
 _library.define(
     "routed_lora(Tensor[] ys, Tensor x, Tensor[] a, Tensor[] b, int[] caps, Tensor slots, Tensor weights, Tensor count,"
     " Tensor owner, Tensor scale, Tensor windows, Tensor? spread, str lowering, Tensor[]? layers=None,"
-    " Tensor?[]? biases=None) -> Tensor[]"
+    " Tensor?[]? biases=None, Tensor? last=None) -> Tensor[]"
 )
 _library.define(
     "routed_cpp(Tensor[] ys, Tensor[] layers, Tensor?[] biases, Tensor x, Tensor[] a, Tensor[] b, int[] caps,"
@@ -118,14 +122,19 @@ def _routed_lora(
     lowering: str,
     layers: list[Tensor] | None = None,
     biases: list[Tensor | None] | None = None,
+    last: Tensor | None = None,
 ) -> list[Tensor]:
     layers, biases = layers or [], biases or []
+    if last is not None:
+        tables = (slots, weights, count, owner, scale, windows)
+        outs = _routed_lora(ys, x, a, b, caps, *tables, spread, lowering)
+        return keep_base(outs, ys, last, count)
     lowering = resolve_lowering(lowering, x, *ys, *a, *b)
     if _needs_grad(x, *ys, *a, *b, *layers, *(c for c in biases if c is not None)):
         lowering = "aten"
     if lowering == "cpp" and all(y.dtype == x.dtype for y in ys):
         return cpp.routed_lora(ys, x, a, b, caps, slots, weights, count, scale, windows, layers, biases)
-    if layers:
+    if layers and lowering != "triton":
         ys = [F.linear(x, w, c) for w, c in zip(layers, biases, strict=True)]
     if lowering in ("aten", "cpp"):
         if spread is None:
@@ -135,7 +144,7 @@ def _routed_lora(
         return torch.ops.lorafx.routed_reference(ys, x, a, b, caps, slots, weights, count, scale, windows)
     from lorafx.kernels import sgmv  # needs Triton, which is not on every machine
 
-    return sgmv.routed_lora(ys, x, a, b, caps, slots, weights, count, scale, windows)
+    return sgmv.routed_lora(ys, x, a, b, caps, slots, weights, count, scale, windows, layers, biases)
 
 
 def _fused_lora(

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 
 from lorafx import adapted_quantised, hotswap
@@ -45,7 +45,10 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
             if self._lorafx_dora:
                 return marked(y, x, self.base_layer.bias, self._lorafx_bank.key, self._lorafx_site)
             return mark(self.base_layer, y, x, self._lorafx_bank.key, self._lorafx_site)
-        chosen = self._lorafx_bank.chosen
+        bank = self._lorafx_bank
+        chosen = bank.chosen
+        if chosen is None and bank.late_in_use and not needs_gradients(self):
+            chosen = bank.in_use  # PEFT's own forward is told where aLoRA begins by hooks, which are not there
         if chosen is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         if self.merged:
@@ -81,6 +84,11 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
         for i, row in enumerate(selection):
             mine = (rows == i).view(-1, *[1] * (y.dim() - 1))
             for name, weight in row:
+                if isinstance(self.lora_variant.get(name), ALoraLinearVariant):
+                    raise UnsupportedModelError(
+                        f"adapter {name!r} is aLoRA, and its weights need gradients: what model.lora.use chooses can't"
+                        " be trained. Choose it with PEFT's set_adapter, or call the model under torch.no_grad()."
+                    )
                 if name in self.lora_variant:
                     drawn = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
                     scaled = self.lora_variant[name].forward(self, active_adapter=name, x=drawn, result=result)
@@ -128,17 +136,22 @@ def is_supported(layer: object) -> bool:
 
 
 def other_variants(layer: LoraLayer) -> list[str]:
-    """Kinds of LoRA on this layer that are neither plain LoRA nor DoRA, each once."""
-    return sorted({type(v).__name__ for v in layer.lora_variant.values() if type(v) is not DoraLinearVariant})
+    """Kinds of LoRA on this layer that are neither plain LoRA nor DoRA nor aLoRA, each once."""
+    fused = (DoraLinearVariant, ALoraLinearVariant)
+    return sorted({type(v).__name__ for v in layer.lora_variant.values() if type(v) not in fused})
+
+
+def has_dora(layer: LoraLayer) -> bool:
+    return any(type(v) is DoraLinearVariant for v in layer.lora_variant.values())
 
 
 def adapt(layer: LoraLayer, bank: AdapterBank, site: int) -> None:
     """Give ``layer`` the class of ours, and its place in the bank."""
     hotswap.mend(Adapted)
-    layer.__class__ = ADAPTED.get(type(layer), type(layer))
     dora = bank.store.dora is not None and bank.store.sites[site].name in bank.store.dora.sites
     vars(layer).update(_lorafx_bank=bank, _lorafx_site=site, _lorafx_dora=dora)
     vars(layer).setdefault("_lorafx_spoken", object())
+    layer.__class__ = ADAPTED.get(type(layer), type(layer))  # the last: what stops us before leaves a layer of PEFT's
 
 
 def release(layer: Adapted) -> None:

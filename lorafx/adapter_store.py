@@ -276,6 +276,8 @@ class AdapterStore:
         """
         if not coming:
             return []
+        for adapter in coming:
+            bank.store.check_late(adapter)
         others = [name for name in self.resident if name not in staying]
         pinned = {name for names in list(self._pinned.values()) for name in names}
         free = [name for name in others if name not in pinned]

@@ -25,6 +25,7 @@ class SiteShape:
     bias: bool
     scale: float
     dora: bool = False
+    experts: int = 0  # whose rank rows these are together; 0: a layer, not the weights of experts
 
     @property
     def elements(self) -> int:
@@ -49,7 +50,7 @@ class SiteWeights:
 
     a: ``[rank, in]``; b: ``[out, rank]``; bias: ``[out]`` or None (PEFT's ``lora_bias``); scale: alpha / rank, or
     alpha / sqrt(rank) with rsLoRA, as PEFT computed it; magnitude: of DoRA (``kernels/row_factors.py`` says what it
-    makes of that)
+    makes of that); experts: ``SiteShape``'s, with A and B as ``kernels/experts.py`` says
     """
 
     a: Tensor
@@ -57,11 +58,12 @@ class SiteWeights:
     bias: Tensor | None
     scale: float
     magnitude: Magnitude | None = None
+    experts: int = 0
 
     @property
     def shape(self) -> SiteShape:
         bias, dora = self.bias is not None, self.magnitude is not None
-        return SiteShape(self.a.shape[0], self.a.shape[1], self.b.shape[0], bias, self.scale, dora)
+        return SiteShape(self.a.shape[0], self.a.shape[1], self.b.shape[0], bias, self.scale, dora, self.experts)
 
     @property
     def rank(self) -> int:
@@ -75,6 +77,11 @@ class SiteWeights:
         return self.tensors() + ([] if self.magnitude is None else [self.magnitude.weight])
 
 
+def rank_of(site: SiteShape | SiteWeights) -> int:
+    """The rank of the adapter there: of experts each has as many rank rows."""
+    return site.rank // max(site.experts, 1)
+
+
 @dataclass(frozen=True)
 class AdapterOutline:
     """An adapter whose weights are still to be read: enough to say whether it fits, and to refuse it for nothing.
@@ -86,11 +93,12 @@ class AdapterOutline:
     sites: Mapping[str, SiteShape]
     read: Callable[[], AdapterWeights] = field(repr=False)
     saved: tuple[str, ...] = ()  # modules of the model that it has its own copies of
+    invocation: tuple[int, ...] = ()  # aLoRA: the token ids at which it begins
 
     @cached_property
     def ranks(self) -> list[int]:
         """The different ranks, ascending."""
-        return sorted({site.rank for site in self.sites.values()})
+        return sorted({rank_of(site) for site in self.sites.values()})
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,12 @@ class AdapterWeights:
     flat: Tensor | None = field(default=None, repr=False)  # where it is packed: the memory of all sites
     layout: Layout | None = field(default=None, repr=False)  # and where each stands in it
     saved: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)  # own modules, by path, by name
+    invocation: tuple[int, ...] = ()  # aLoRA: the token ids at which it begins
 
     @cached_property
     def ranks(self) -> list[int]:
         """The different ranks, ascending."""
-        return sorted({site.rank for site in self.sites.values()})
+        return sorted({rank_of(site) for site in self.sites.values()})
 
     @cached_property
     def shapes(self) -> dict[str, SiteShape]:
@@ -114,7 +123,7 @@ class AdapterWeights:
 
     @property
     def outline(self) -> AdapterOutline:
-        return AdapterOutline(self.name, self.shapes, lambda: self, tuple(self.saved))
+        return AdapterOutline(self.name, self.shapes, lambda: self, tuple(self.saved), self.invocation)
 
     @cached_property
     def scales(self) -> numpy.ndarray:
@@ -148,8 +157,9 @@ class AdapterWeights:
                 None if site.bias is None else bias[: site.bias.numel()].copy_(site.bias),
                 site.scale,
                 site.magnitude,
+                site.experts,
             )
-        return AdapterWeights(self.name, sites, flat, layout, self.saved)
+        return AdapterWeights(self.name, sites, flat, layout, self.saved, self.invocation)
 
     def check_finite(self) -> None:
         """NaN and Inf are refused: in a bank that is masked by zeros they would reach other rows of the batch."""

@@ -25,7 +25,7 @@ from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.kernels.ops import LOWERINGS
 from lorafx.logs import GRAPHS
 from lorafx.passes import PassContext, PassRecord, run_passes
-from lorafx.passes.attach_inputs import ROUTING, routed_inputs
+from lorafx.passes.attach_inputs import routed_inputs
 from lorafx.passes.checkpointed import draw_again
 from lorafx.probe_bank import ProbeBank
 from lorafx.recompiles import input_shapes
@@ -40,7 +40,7 @@ class Options:
     """``options`` of ``lorafx.compile``: what is ours, and what goes on to Inductor."""
 
     lowering: str = "auto"
-    fold: bool = True  # on a CPU, the adapted layers' own products go into the fused op
+    fold: bool = True  # the adapted layers' own products go into the fused op
     inductor: bool = True
     outline: bool = True  # one compiled layer for all that are alike, where that can be done
     patches: dict[str, Any] | None = None
@@ -73,7 +73,19 @@ class Options:
                 " and torch._inductor.list_options() lists Inductor's"
             )
         patches.update({key.replace("-", "_"): value for key, value in rest.items()})
+        if lowering == "cpp" and inductor and patches.get("cpp_wrapper"):
+            raise LorafxError(
+                'got lowering "cpp" with Inductor\'s option cpp_wrapper; expected one of them: leave out the lowering,'
+                " and ATen's is used beside cpp_wrapper"
+            )
         return cls(lowering, fold, inductor, outline, patches, validate)
+
+    def lowering_for(self, inputs: Sequence[Any]) -> str:
+        """``lowering``, but "aten" for "auto" on a CPU where Inductor writes C++ around the kernels: from there it
+        calls an op that is not its own through Python, and ours then crashes the process (torch 2.13)."""
+        wrapped = self.inductor and (self.patches or {}).get("cpp_wrapper", torch._inductor.config.cpp_wrapper)
+        on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, torch.Tensor))
+        return "aten" if self.lowering == "auto" and wrapped and on_cpu else self.lowering
 
 
 @dataclass
@@ -107,12 +119,12 @@ def compile_graph(
     graphs_log.debug("as traced:\n%s", traced)
     graphs_log.debug("as rewritten:\n%s", fused)
     routed = routed_inputs(rewritten)
-    held = [bank.store.table(*vars(wanted).values()) for wanted in routed[len(ROUTING) :]]
+    of_call = sum(wanted.of_call for wanted in routed)
+    held = [bank.store.table(*vars(wanted).values()) for wanted in routed[of_call:]]
     mixed_refusal = _mixed_refusal(record, bank) if routed else None
     started, groups = time.perf_counter(), len(record.groups)
     if routed:
-        routing = bank.routing()
-        inputs = [*inputs, *_static_fakes([routing.slots, routing.weights, routing.count, *held], inputs)]
+        inputs = [*inputs, *_static_fakes([*bank.routing().tensors[:of_call], *held], inputs)]
     if not run_markers_now(rewritten) and options.inductor:
         log.info("Inductor compiles a graph of %d nodes, with %d fused group(s)", len(rewritten.graph.nodes), groups)
         compile_ = outlined.compile_outlined if options.outline else outlined.compile_alone
@@ -139,16 +151,17 @@ def compile_graph(
         len(record.skipped),
         time.perf_counter() - started,
     )
-    return _with_extras(compiled, bank, held, mixed_refusal) if routed else compiled
+    return _with_extras(compiled, bank, of_call, held, mixed_refusal) if routed else compiled
 
 
 def _rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, bank: AdapterBank | None
 ) -> tuple[fx.GraphModule, PassRecord]:
     def rewrite(refused: Collection[str] = ()) -> tuple[fx.GraphModule, PassRecord]:
-        context = PassContext(lowering=options.lowering, fold=options.fold, refused=refused)
+        context = PassContext(lowering=options.lowering_for(inputs), fold=options.fold, refused=refused)
         if bank is not None:
             context.bank_key, context.sites = bank.key, bank.store.geometry
+            context.late = bank.store.late
             context.factors = bank.store.dora.places if bank.store.dora is not None else {}
         rewritten = _copy_graph(gm)
         return rewritten, run_passes(rewritten, context)
@@ -163,9 +176,10 @@ def _rewrite(
 
 
 def _with_extras(
-    compiled: Callable[..., Any], bank: AdapterBank, held: list[Tensor], mixed_refusal: str | None
+    compiled: Callable[..., Any], bank: AdapterBank, of_call: int, held: list[Tensor], mixed_refusal: str | None
 ) -> Callable[..., Any]:
-    """Append the routing of each call, and ``held``: tensors of the bank, at one address as long as its key stays."""
+    """Append the first ``of_call`` tensors of each call's routing, and ``held``: tensors of the bank, at one address
+    as long as its key stays."""
     made_for = bank.key
 
     def call(*args: Any) -> Any:
@@ -174,7 +188,7 @@ def _with_extras(
         routing = bank.routing()
         if mixed_refusal is not None and len(routing.rows) > 1:
             raise UnsupportedModelError(mixed_refusal)
-        return compiled(*args, routing.slots, routing.weights, routing.count, *held)
+        return compiled(*args, *routing.tensors[:of_call], *held)
 
     return call
 

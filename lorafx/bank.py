@@ -10,8 +10,8 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from lorafx.adapters import AdapterOutline, AdapterWeights
 from lorafx.dora import check_layers
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.interrupts import uninterrupted
+from lorafx.invocations import Prompt, Tokens, row_by_row
 from lorafx.locking import ReadWriteLock
-from lorafx.routing import Routing, make_routing
+from lorafx.routing import Routing, Routings
 from lorafx.saved_modules import Copies, SavedModules, copies_for
 from lorafx.selection import NOTHING, Choice, Selection, names_in, normalize
 from lorafx.store import PackedStore, Site
@@ -36,17 +37,17 @@ log = logging.getLogger("lorafx")
 
 _keys = itertools.count(1)
 _banks: weakref.WeakValueDictionary[int, AdapterBank] = weakref.WeakValueDictionary()
-ROUTINGS_KEPT = 64  # made routings, by selection: 8 KiB each
 
 
 @dataclass(frozen=True)
 class CallState:
-    """What belongs to one call: its selection if it has one of its own, how many rows its batch has, and, while a
-    forward runs, what that forward uses from its first layer to its last."""
+    """What belongs to one call: its selection if it has one of its own, how many rows its batch has, while a forward
+    runs, what that forward uses from its first layer to its last; and where aLoRA adapters are to begin."""
 
     selection: Selection | None
     batch: int | None
     pinned: Pinned | None = None
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class AdapterBank:
         self._lock = ReadWriteLock()
         self._counting = threading.Lock()  # of what is held
         self._call: contextvars.ContextVar[CallState | None] = contextvars.ContextVar("lorafx_call", default=None)
-        self._routings: dict[Selection, Routing] = {}
+        self._routings = Routings()
         self._renew_key()
 
     def _renew_key(self, key: int | None = None) -> None:
@@ -178,6 +179,9 @@ class AdapterBank:
         """Why some row of ``selection`` asks for what can't be fused; None if none does."""
         if clash := self.saved.clash(selection):
             return clash
+        for name in self._late_in(selection):
+            if any(len(row) > 1 for row in selection if name in dict(row)):
+                return f"{name} is aLoRA, which begins at a place of its own, and those beside it do not"
         if self.store.dora is None:
             return None
         for row in selection:
@@ -200,15 +204,19 @@ class AdapterBank:
     # ------------------------------------------------------------------------------------------ calling
 
     @contextmanager
-    def calling(self, selection: Selection | None, batch: int | None) -> Iterator[None]:
-        """Calls of the model with a selection of their own (None: as outside), and the number of their rows."""
+    def calling(self, selection: Selection | None, batch: int | None, prompt: Prompt | None = None) -> Iterator[None]:
+        """Calls of the model with a selection of their own (None: as outside), the number of their rows, and where
+        aLoRA adapters are to begin (None: as outside)."""
         outer = self._call.get() or CallState(None, None)
-        state = CallState(outer.selection, batch, outer.pinned)
-        with ExitStack() as stack:
-            if selection is not None:
-                state = CallState(selection, batch)
-                if self._shelf is not None and outer.pinned is None:  # a forward must not wait for a change
-                    stack.enter_context(self._shelf.holding(names_in(selection)))
+        prompt = prompt or outer.prompt
+        holding: AbstractContextManager[None] = nullcontext()
+        if selection is None:
+            state = CallState(outer.selection, batch, outer.pinned, prompt)
+        else:
+            state = CallState(selection, batch, None, prompt)
+            if self._shelf is not None and outer.pinned is None:  # a forward must not wait for a change
+                holding = self._shelf.holding(names_in(selection))
+        with holding:
             token = self._call.set(state)
             try:
                 yield
@@ -235,7 +243,8 @@ class AdapterBank:
             state = self._call.get() or CallState(None, None)
             if state.pinned is None:
                 in_use = self.in_use
-                state = replace(state, pinned=Pinned(self.chosen, in_use, self._routing_of(in_use)))
+                pinned = Pinned(self.chosen, in_use, self._routing_now(in_use))
+                state = CallState(state.selection, state.batch, pinned, state.prompt)
             token = self._call.set(state)
             try:
                 yield
@@ -248,23 +257,53 @@ class AdapterBank:
         if state is not None and state.pinned is not None:
             return state.pinned.routing
         with self._lock.reading():
-            return self._routing_of(self.in_use)
+            return self._routing_now(self.in_use)
 
-    def _routing_of(self, selection: Selection) -> Routing:
+    @property
+    def needs_prompt(self) -> bool:
+        """A call has to say where aLoRA adapters begin, and nothing around it has said so."""
+        state = self._call.get()
+        return bool(self.store.late) and (state is None or state.prompt is None)
+
+    @property
+    def late_in_use(self) -> bool:
+        """The forward that is under way uses aLoRA adapters."""
+        return bool(self.store.late) and bool(self._late_in(self.in_use))
+
+    def _late_in(self, selection: Selection) -> dict[str, Tokens]:
+        """The aLoRA adapters among those named, with their invocation tokens."""
+        if not self.store.late:
+            return {}
+        named = [(name, self._slots[name]) for name in names_in(selection) if name in self._slots]
+        return {name: self.store.invocations[slot] for name, slot in named if self.store.invocations[slot]}
+
+    def _routing_now(self, selection: Selection) -> Routing:
+        """Of the call that is under way: with aLoRA adapters that depends on its prompt."""
+        late = self._late_in(selection)
+        if not late:
+            return self._routing_of(selection)
+        state = self._call.get() or CallState(None, None)
+        prompt = state.prompt or Prompt()
+        if prompt.offsets is None and self.chosen is None:  # PEFT's switches decide, and PEFT has given no offsets
+            prompt = Prompt(offsets=())
+        elif prompt.offsets is None and prompt.ids is None:
+            warn_once(
+                f"lorafx: {next(iter(late))} is aLoRA, which begins at its invocation tokens, and a call without"
+                " input_ids does not say where they are: it stays off. Pass input_ids, or alora_offsets."
+            )
+        return self._routing_of(*row_by_row(selection, state.batch or len(selection), late, prompt))
+
+    def _routing_of(self, selection: Selection, last: tuple[int, ...] = ()) -> Routing:
         """Kept, since one selection often serves many calls; under the lock, since a change of the bank forgets it."""
-        made = self._routings.get(selection)
+        late = last if self.store.late else None
+        made = self._routings.kept(selection, late)
         if made is None:
-            own = {id(row): row for row in selection}  # normalize made equal rows one object: no tuple to hash
+            self.check_rows(selection)
             try:
-                pairs = {key: tuple([(self._slots[name], weight) for name, weight in row]) for key, row in own.items()}
+                made = self._routings.make(selection, self._slots, self.store.storage.device, late)
             except KeyError:
                 self._known(selection)
                 raise
-            self.check_rows(selection)
-            made = make_routing([pairs[id(row)] for row in selection], self.store.storage.device)
-            if len(self._routings) >= ROUTINGS_KEPT:
-                self._routings = {}
-            self._routings[selection] = made
         return made
 
     @property
@@ -319,7 +358,8 @@ class AdapterBank:
         adapter = outline.read()
         with self._changing():
             slot = self._slot(name)
-            self._admit(outline, slot)  # again: other threads may have taken the room
+            if not self.store.holds(slot, adapter.layout):
+                self._admit(outline, slot)  # again: other threads may have taken the room
             self._commit(self._slots, lambda: self._place(adapter, slot), self._with_copies(adapter))
 
     def unload(self, name: str) -> None:
@@ -352,7 +392,8 @@ class AdapterBank:
         """Whether ``coming`` would fit, all of them, once the adapters named in ``leaving`` are gone."""
         used = {slot for name, slot in self._slots.items() if name not in leaving}
         free = [slot for slot in range(self.store.slots) if slot not in used]
-        return len(free) >= len(coming) and self.store.fits(free, [adapter.sites for adapter in coming])
+        fits = len(free) >= len(coming) and self.store.fits(free, [adapter.sites for adapter in coming])
+        return fits and all(map(self.store.takes_late, coming))
 
     def exchange(
         self,
@@ -415,7 +456,7 @@ class AdapterBank:
                 yield
                 _finish_launched(self.store.storage.device)
             finally:
-                self._routings = {}
+                self._routings.forget()
 
     def _commit(self, slots: dict[str, int], write: Callable[[], None], own: Copies | None = None) -> None:
         """Names and memory change together: ``write`` is all or nothing, and nothing comes after it."""
@@ -463,7 +504,8 @@ class AdapterBank:
 
     def _place(self, adapter: AdapterWeights, slot: int | None) -> None:
         """Write ``adapter`` into ``slot`` (None: a new one), with a larger store if it does not fit this one."""
-        if slot is not None and (
+        late = self.store.takes_late(adapter)
+        if (slot is not None and late) and (
             self.store.holds(slot, adapter.layout) or self.store.find_room(adapter.shapes, instead_of=slot)
         ):
             return self.store.put(slot, adapter)  # nothing comes after it: see _commit
@@ -474,6 +516,8 @@ class AdapterBank:
             if missing
             else f"adapter {adapter.name!r} has DoRA on layers where none had it before"
             if not self.store.takes_dora(adapter.shapes)
+            else f"adapter {adapter.name!r} is aLoRA on layers where none was before"
+            if not late
             else f"adapter {adapter.name!r} needs more room than was reserved (max_adapters, max_rank reserve it)"
         )
         return self._switch_to(self._larger(adapter, slot), reason)
@@ -521,7 +565,7 @@ class AdapterBank:
         weights[slot] = adapter
         sites = {site.name: site for site in old.sites}
         for path, site in adapter.sites.items():
-            sites.setdefault(path, Site(path, site.a.shape[1], site.b.shape[0]))
+            sites.setdefault(path, Site(path, site.a.shape[1], site.b.shape[0], site.experts))
         capacities = {g.name: g.capacity for g in old.geometry}
         biases = {g.name: g.biases for g in old.geometry}
         for path in sites:
@@ -530,9 +574,9 @@ class AdapterBank:
             biases[path] = max(biases.get(path, 0), sum(s.bias is not None for s in here))
         dora = {*(old.dora.sites if old.dora is not None else ())}
         dora.update(path for path, shape in adapter.shapes.items() if shape.dora)
-        store = PackedStore(
-            list(sites.values()), capacities, biases, slots, old.storage.dtype, old.storage.device, (self._root, dora)
-        )
+        late = old.late.union(adapter.sites if adapter.invocation else ())
+        memory = old.storage.dtype, old.storage.device
+        store = PackedStore(list(sites.values()), capacities, biases, slots, *memory, (self._root, dora), late)
         for at, held_weights in weights.items():
             store.put(at, held_weights)
         return store
@@ -546,6 +590,7 @@ class AdapterBank:
         return AdapterWeights(
             name,
             {path: self.store.weights(slot, path, scales[self.store.index[path]]) for path in self.store.taken[slot]},
+            invocation=self.store.invocations[slot],
         )
 
     def move(self, device: torch.device) -> None:

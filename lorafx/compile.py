@@ -55,8 +55,8 @@ def compile(
         in order}``, or ``{name: {part: width}}`` where neither the model's config nor the adapter tells how wide each
         is. ``qkv_proj``, ``gate_up_proj`` and those of diffusers' ``fuse_qkv_projections`` are known
     dynamic, mode: as torch.compile's; mode "eager" computes the same at once and compiles nothing
-    options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: on a CPU, keep the adapted
-        layers' own products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
+    options: "lowering" ("auto", "triton", "cpp", "aten", "reference"), "fold" (False: keep the adapted layers' own
+        products apart), "outline" (False: compile each layer, even where many are alike), "inductor"
         (False: run the rewritten graph as it is), and Inductor's own
     validate: when a graph is compiled, try every rewrite on probe inputs beside what it replaces, and undo what differs
         (``lorafx.explain(model).skipped`` then says so). The graph runs two or three times for that, uncompiled, and a
@@ -85,7 +85,7 @@ def compile(
             for name, source in bar(sources.items(), "reading adapters"):
                 loader.load(name, source)
             layers, unfused = peft_layers.supported_layers(root)
-            weights = peft_layers.adapters_on(layers)
+            weights = peft_layers.adapters_on(layers, vars(root).get("peft_config"))
         else:
             layers, unfused = {}, {}
             reader = AdapterReader(root, bank_dtype(root), fusions)

@@ -8,10 +8,10 @@ from typing import Any
 
 RANK_LIMIT = 1 << 24
 NAMES_LIMIT = 4096  # of a list: PEFT compares each with each
+TOKEN_LIMIT = 1 << 31
 
 # Fields of LoraConfig that change what a layer computes or which weights it has, with what they are when unused.
 UNSUPPORTED = {
-    "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "use_bdlora": "BD-LoRA",
     "velora_config": "VeLoRA",
@@ -19,7 +19,6 @@ UNSUPPORTED = {
     "kasa_config": "KaSA",
     "use_qalora": "QALoRA",
     "trainable_token_indices": "trainable tokens",
-    "target_parameters": "target_parameters",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron",
     "ensure_weight_tying": "ensure_weight_tying",
@@ -75,6 +74,13 @@ def _is_pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return is_pattern
 
 
+def _is_tokens(value: Any) -> bool:
+    if value is None:
+        return True
+    is_list = isinstance(value, (list, tuple)) and len(value) <= NAMES_LIMIT
+    return is_list and all(_is_whole(item) and 0 <= item < TOKEN_LIMIT for item in value)
+
+
 def _is_switch(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -93,6 +99,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_is_pattern_of(_is_number), "an object of finite numbers, by layer"),
     "target_modules": (_is_names, NAMES),
     "exclude_modules": (_is_names, NAMES),
+    "target_parameters": (_is_list, f"a list of at most {NAMES_LIMIT:,} texts"),
     "layers_pattern": (_is_names, NAMES),
     "layers_to_transform": (_is_indices, f"a whole number, or a list of at most {NAMES_LIMIT:,}"),
     "use_rslora": (_is_switch, "true or false"),
@@ -101,6 +108,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": (_is_switch, "true or false"),
     "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a text"),
     "bias": (_is_text, "a text"),
+    "alora_invocation_tokens": (_is_tokens, f"a list of at most {NAMES_LIMIT:,} token ids"),
     "modules_to_save": (_is_list, f"a list of at most {NAMES_LIMIT:,} texts"),
     "task_type": (_is_text, "a text"),
     "base_model_name_or_path": (_is_text, "a text"),

@@ -15,7 +15,7 @@ from lorafx import drawing, layer_kinds
 from lorafx.backend import GraphRecord, recent
 from lorafx.errors import LorafxError
 from lorafx.footprint import Memory, Ranks, WorkTable, memory_of, ranks_in_bank, ranks_in_graph, work_of
-from lorafx.kernels import layer_ops
+from lorafx.kernels import experts, layer_ops
 from lorafx.kernels.cost import GPUS
 from lorafx.kernels.ops import choose_lowering
 from lorafx.passes.branch import Skipped
@@ -271,6 +271,9 @@ def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     bank = runtime.bank
     for site in bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
+        if site.experts:
+            others.append(FusedGroup(site.parent, (branch,), "aten", "expert_site", experts.REASON))
+            continue
         layer = runtime.fused.module_of(site.name)
         kind = layer_kinds.kind_of(getattr(layer, "base_layer", layer))
         if kind is None:

@@ -70,15 +70,16 @@ class Follower:
         runtime, bank = self.runtime, self.runtime.bank
         if not self._in_place() or not runtime.fused.holds():
             return False
-        used = bank._slots
-        if selection is not None:
-            used = {*names_in(selection), *names_in(bank.in_use)}
-        if bank.store.dora is not None and not self.gone and bank.store.dora.changed(self._slots_of(used)):
-            return False
-        if self._state is None:
-            without = list(vars(runtime.root).get("peft_config", ())) == self._without
-            return self.gone or (without and not runtime.peft)
-        return self._state.switches_hold() and self._state.adapters_hold(used)
+        if self.gone:
+            return True
+        dora = bank.store.dora
+        if dora is not None or self._state is not None:  # weights of adapters are watched: of those that count here
+            used = bank._slots if selection is None else {*names_in(selection), *names_in(bank.in_use)}
+            if dora is not None and dora.changed(self._slots_of(used)):
+                return False
+            if self._state is not None:
+                return self._state.switches_hold() and self._state.adapters_hold(used)
+        return list(vars(runtime.root).get("peft_config", ())) == self._without and not runtime.peft
 
     def _slots_of(self, names: Iterable[str]) -> list[int]:
         slots = self.runtime.bank._slots
@@ -128,7 +129,7 @@ class Follower:
         """A layer left to PEFT, of which Dynamo would make an error, not a break in its graph."""
         for path in self.runtime.unfused:
             layer = self.runtime.root.get_submodule(path)
-            if isinstance(layer, LoraLayer) and layer.lora_variant and is_quantised(layer.get_base_layer()):
+            if isinstance(layer, LoraLayer) and adapted.has_dora(layer) and is_quantised(layer.get_base_layer()):
                 return path
         return None
 
@@ -191,9 +192,8 @@ class Follower:
             return
         capacities, biases = ({g.name: getattr(g, part) for g in old.geometry} for part in ("capacity", "biases"))
         dora = old.dora.sites if old.dora is not None else ()
-        store = PackedStore(
-            old.sites, capacities, biases, old.slots, dtype, old.storage.device, (self.runtime.root, dora)
-        )
+        memory, factors = (dtype, old.storage.device), (self.runtime.root, dora)
+        store = PackedStore(old.sites, capacities, biases, old.slots, *memory, factors, old.late)
         bank._commit({}, lambda: bank._switch_to(store, f"the adapters are {dtype} now"))
 
     def _find_new_layers(self) -> None:
@@ -202,7 +202,7 @@ class Follower:
         layers, unfused = peft_layers.supported_layers(runtime.root)
         new = {path: layer for path, layer in layers.items() if path not in runtime.peft}
         for layer in new.values():
-            runtime.drop_hooks(layer.base_layer)  # which stood for room that was reserved
+            runtime.drop_hooks(layer.get_base_layer())  # which stood for room that was reserved
         runtime.peft.update(new)
         bank.saved.wrappers.update(suitable_wrappers(runtime.root)[0] if runtime.peft else {})
         bank.saved.paths = list(bank.saved.wrappers)
@@ -218,7 +218,7 @@ class Follower:
         What is to be written is copied first: it may be views of the very rows that are written.
         """
         bank, layers = self.runtime.bank, self.runtime.peft
-        adapters = peft_layers.adapters_on(layers)
+        adapters = peft_layers.adapters_on(layers, vars(self.runtime.root).get("peft_config"))
         changed = {
             adapter.name: adapter.packed(bank.store.storage.dtype, bank.store.storage.device)
             for adapter in adapters
@@ -248,7 +248,7 @@ class Follower:
         """The bank's rows are this adapter's memory; scales are brought up to date on the way."""
         bank = self.runtime.bank
         held = bank.weights_of(adapter.name)
-        if held.sites.keys() != adapter.sites.keys():
+        if held.sites.keys() != adapter.sites.keys() or held.invocation != adapter.invocation:
             return False
         for path, site in adapter.sites.items():
             for mine, theirs in zip(held.sites[path].tensors(), site.tensors(), strict=True):

@@ -30,7 +30,7 @@ def ranks_in_bank(store: PackedStore) -> dict[str, Ranks]:
     loaded: dict[str, set[int]] = {site.name: set() for site in store.sites}
     for held in store.taken:
         for path, window in held.items():
-            loaded[path].add(window.rank)
+            loaded[path].add(window.rank // max(store.sites[store.index[path]].experts, 1))
     return {g.name: Ranks(tuple(sorted(loaded[g.name])), g.capacity) for g in store.geometry}
 
 
@@ -97,8 +97,16 @@ def work_of(
         )
         without += cost.layers(shape)
         separate += cost.separate(shape)
-        fused += cost.fused(shape, group.lowering, folded and group.lowering == "cpp")
+        fused += cost.fused(shape, group.lowering, folded and _is_folded(group, shape, gpu))
     return WorkTable(tokens, without, separate, fused, gpu)
+
+
+def _is_folded(group: FusedGroup, shape: GroupShape, gpu: str | None) -> bool:
+    """Where layers are folded at all, those of this group are."""
+    if group.lowering == "triton":
+        named = GPUS[gpu or "h100"]
+        return group.itemsize == 2 and cost.fold_pays(named, shape.tokens, shape.in_features, shape.widths, 2)
+    return group.lowering == "cpp"
 
 
 @dataclass(frozen=True)

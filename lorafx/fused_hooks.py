@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted
+from lorafx import adapted, experts
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
 from lorafx.fused_layers import Fusions, Part
@@ -159,4 +159,6 @@ class FusedSites:
         try:
             return self.runtime.root.get_submodule(site)
         except AttributeError:
-            return self.runtime.root.get_submodule(self.parts[site].layer)
+            if site in self.parts:
+                return self.runtime.root.get_submodule(self.parts[site].layer)
+            return experts.module_of(self.runtime.root, site)

@@ -16,6 +16,8 @@ from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from lorafx.experts import site_name
+
 
 def mend(layer_class: type[nn.Module]) -> None:
     """See to it that swaps on layers of this class scale them right. Once is enough."""
@@ -31,7 +33,7 @@ def mend(layer_class: type[nn.Module]) -> None:
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
         for path, layer in root.named_modules():
             if isinstance(layer, layer_class) and prefix + path in swapped:
-                hotswap._update_scaling(layer, adapter_name, scale_at(path, config))
+                hotswap._update_scaling(layer, adapter_name, scale_at(site_name(path, layer), config))
 
     vars(mended)["_layer_class"] = layer_class
     hotswap.hotswap_adapter_from_state_dict = mended

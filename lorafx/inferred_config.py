@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lorafx.adapters import SiteShape
+from lorafx.adapters import SiteShape, rank_of
 from lorafx.config_fields import NAMES_LIMIT, show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 
@@ -55,9 +55,13 @@ def config_of_shapes(name: str, sites: Mapping[str, SiteShape]) -> LoraConfig:
             f"adapter {name!r} has DoRA on some layers only; on a PeftModel expected it on every adapted"
             " layer or on none."
         )
-    ranks = {path: site.rank for path, site in sites.items()}
-    alphas = {path: site.scale * site.rank for path, site in sites.items()}
-    return config_of_ranks(ranks, alphas, biases.pop(), dora.pop())
+    ranks = {path: rank_of(site) for path, site in sites.items()}
+    alphas = {path: site.scale * ranks[path] for path, site in sites.items()}
+    config = config_of_ranks(ranks, alphas, biases.pop(), dora.pop())
+    experts = {path for path, site in sites.items() if site.experts}
+    if experts:
+        config.target_modules, config.target_parameters = {*ranks} - experts, sorted(experts)
+    return config
 
 
 def config_of_ranks(

@@ -27,7 +27,8 @@ class ReadWriteLock:
         me = threading.get_ident()
         if not nested and self._writer != me:
             with self._condition:
-                self._condition.wait_for(lambda: self._writer is None and not self._waiting)
+                if self._writer is not None or self._waiting:
+                    self._condition.wait_for(lambda: self._writer is None and not self._waiting)
                 self._readers += 1
         self._local.reads = nested + 1
         try:
@@ -37,7 +38,8 @@ class ReadWriteLock:
             if not nested and self._writer != me:
                 with self._condition:
                     self._readers -= 1
-                    self._condition.notify_all()
+                    if self._waiting and not self._readers:
+                        self._condition.notify_all()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -49,6 +51,9 @@ class ReadWriteLock:
                 self._waiting += 1
                 try:
                     self._condition.wait_for(lambda: self._writer is None and not self._readers)
+                except BaseException:
+                    self._condition.notify_all()  # readers that stand behind us need not any more
+                    raise
                 finally:
                     self._waiting -= 1
                 self._writer = me

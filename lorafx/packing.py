@@ -1,8 +1,8 @@
 """An adapter in one piece of memory, and how it is copied into the bank in few, large steps.
 
 A layer's rows are small (16 x 576 numbers) and there are hundreds of them; copied one by one they cost several times
-what their bytes cost. But the layers of a model are alike, so the same projection's rows stand at even distances, both
-in the packed adapter and in the bank: a **run** of them is one strided copy.
+what their bytes cost. But the layers of a model are alike, so the same projection's rows stand at even distances in the
+bank, and next to each other in the packed adapter: a **run** of them is one strided copy, which reads memory in order.
 """
 
 from __future__ import annotations
@@ -18,38 +18,48 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lorafx.adapters import SiteShape
 
-Key = tuple[tuple[str, int, int, int, bool], ...]
+Key = tuple[tuple[str, int, int, int, bool, bool], ...]
 _interned: WeakValueDictionary[Key, Layout] = WeakValueDictionary()
 
 
 class Layout:
     """Where the rows of each site stand in a packed adapter: A ``[rank, in]``, B ``[rank, out]``, bias ``[out]``.
 
-    Equal layouts are one object (``layout_of``), so ``is`` compares them.
+    All of one kind and length stand together, layer after layer, as a run copies them. Equal layouts are one object
+    (``layout_of``), so ``is`` compares them.
     """
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self.offsets: dict[str, tuple[int, int, int]] = {}  # of A, B and bias
-        offset = 0
-        for path, rank, in_features, out_features, bias in key:
-            b = offset + rank * in_features
-            end = b + rank * out_features
-            self.offsets[path] = (offset, b, end)
-            offset = end + bias * out_features
-        self.size = offset
+        starts: dict[str, list[int]] = {path: [] for path, *_ in key}  # of A, B and bias
+        together: dict[tuple[tuple, int], list[str]] = {}
+        for path, rank, in_features, out_features, bias, _ in key:
+            for part, length in enumerate((rank * in_features, rank * out_features, bias * out_features)):
+                together.setdefault((kind_of(path, part), length), []).append(path)
+        self.size = 0
+        for (_, length), paths in sorted(together.items(), key=lambda item: item[0][0][1]):  # bias after B after A
+            for path in paths:
+                starts[path].append(self.size)
+                self.size += length
+        self.offsets: dict[str, tuple[int, ...]] = {path: tuple(three) for path, three in starts.items()}
 
     def __reduce__(self) -> tuple:
         return _intern, (self.key,)
 
 
 def layout_of(shapes: Mapping[str, SiteShape]) -> Layout:
-    """The layout of an adapter with these shapes, in their order."""
-    return _intern(tuple((path, s.rank, s.in_features, s.out_features, s.bias) for path, s in shapes.items()))
+    """The layout of an adapter with these shapes, in their order; of one with DoRA another one than without, since a
+    slot that holds the one may have no place for the other's factors."""
+    return _intern(tuple((path, s.rank, s.in_features, s.out_features, s.bias, s.dora) for path, s in shapes.items()))
 
 
 def _intern(key: Key) -> Layout:
     return _interned.setdefault(key, Layout(key))
+
+
+def kind_of(path: str, part: int) -> tuple[str, int]:
+    """What the rows of one layer may be in a run with; ``part``: 0 for A, 1 for B, 2 for the bias."""
+    return path.rpartition(".")[2], part
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Packing:
             a = flat.as_strided((shape.rank, shape.in_features), (shape.in_features, 1), at_a)
             b = flat.as_strided((shape.out_features, shape.rank), (1, shape.out_features), at_b)
             bias = flat.as_strided((shape.out_features,), (1,), at_bias) if shape.bias else None
-            yield path, SiteWeights(a, b, bias, shape.scale)
+            yield path, SiteWeights(a, b, bias, shape.scale, None, shape.experts)
 
 
 def packing_of(shapes: Mapping[str, SiteShape], places: Mapping[str, tuple[int, int, int]]) -> Packing:

@@ -6,8 +6,8 @@ place are seen by the fused ops at once, and there is one copy of each weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lorafx.adapted import is_supported, other_variants
+from lorafx.adapted import has_dora, is_supported, needs_gradients, other_variants
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.dora import unreadable
+from lorafx.experts import parted, site_name, why_not_wrapped
+from lorafx.invocations import Prompt
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 from lorafx.quantised import features_of
@@ -72,20 +74,25 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
             )
         elif kinds := other_variants(module):
             skipped[path] = f"{', '.join(kinds)} is not fused yet"
-        elif module.lora_variant and (reason := unreadable(module.get_base_layer())):
+        elif has_dora(module) and (reason := unreadable(module.get_base_layer())):
             skipped[path] = f"DoRA needs the norms of this layer's weight, and {reason}"
         elif module.merged:
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
+        elif reason := why_not_wrapped(module):
+            skipped[path] = f"PEFT's layer.ParamWrapper on {reason}, is not fused yet"
         elif reason := why_not(module.get_base_layer()):
             skipped[path] = f"{reason} is not fused yet"
         else:
-            layers[path] = module
+            layers[site_name(path, module)] = module
     main = dtype_of(layers)
     for path in [path for path, layer in layers.items() if any(p.dtype != main for p in all_parameters(layer))]:
         skipped[path] = f"its adapter is not in {main}, as those of other layers are"
         del layers[path]
     for path in tied_layers(layers):
         skipped[path] = "its adapter is that of another layer, turned (ensure_weight_tying)"
+        del layers[path]
+    for path in parted(layers):
+        skipped[path] = "another weight of the same experts is left to PEFT"
         del layers[path]
     return layers, skipped
 
@@ -107,15 +114,22 @@ def dtype_of(layers: dict[str, PeftLinear]) -> torch.dtype | None:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=None)
 
 
-def adapters_on(layers: dict[str, PeftLinear]) -> list[AdapterWeights]:
-    """The adapters that stand on these layers; the weights are the parameters themselves."""
+def adapters_on(layers: dict[str, PeftLinear], configs: Mapping[str, Any] | None = None) -> list[AdapterWeights]:
+    """The adapters that stand on these layers; the weights are the parameters themselves. configs: PEFT's, by name"""
     names = dict.fromkeys(name for layer in layers.values() for name in names_on(layer))
     return [
         AdapterWeights(
-            name, {path: weights_of(layer, name) for path, layer in layers.items() if name in names_on(layer)}
+            name,
+            {path: weights_of(layer, name) for path, layer in layers.items() if name in names_on(layer)},
+            invocation=invocation_of((configs or {}).get(name)),
         )
         for name in names
     ]
+
+
+def invocation_of(config: Any) -> tuple[int, ...]:
+    """The invocation tokens of an aLoRA adapter; none of another one, as PEFT takes an empty list too."""
+    return tuple(getattr(config, "alora_invocation_tokens", None) or ())
 
 
 # ------------------------------------------------------------------------------------------------ wrapping
@@ -191,7 +205,8 @@ def hooked_by_name(layers: dict[str, PeftLinear]) -> bool:
 
 
 class ForwardHooks:
-    """Stands for the tuner's ``_enable_peft_forward_hooks``: adapter_names become the call's selection, not hooks."""
+    """Stands for the tuner's ``_enable_peft_forward_hooks``: adapter_names become the call's selection, not hooks, and
+    ``alora_offsets``, which PEFT has computed from the prompt, where its aLoRA adapters begin."""
 
     def __init__(self, runtime: Any, tuner: BaseTuner) -> None:
         self.runtime = runtime
@@ -199,18 +214,41 @@ class ForwardHooks:
 
     @contextmanager
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        if kwargs.get("alora_offsets") is not None or (names is not None and self.runtime.unfused):
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        runtime = self.runtime
+        if (names is not None or offsets is not None) and runtime.unfused:
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
             warn_once(
-                f"lorafx: adapter_names on a model with {len(self.runtime.unfused)} layer(s) that are left to PEFT:"
+                f"lorafx: adapter_names on a model with {len(runtime.unfused)} layer(s) that are left to PEFT:"
                 " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers,"
                 " embeddings and Conv2d are compiled."
             )
-            with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
+            with self._as_pefts(*args, **kwargs):
                 yield
-        elif names is None:
-            yield
+        elif offsets is not None and self._is_pefts_to_do(names):
+            with self._as_pefts(*args, **kwargs):
+                yield
         else:
-            with self.runtime.selected(names, args, kwargs):
+            # where PEFT has found nothing, its aLoRA adapters are off
+            prompt = Prompt(offsets=offsets or ()) if names is not None or offsets is not None else None
+            if names is not None:
+                context = runtime.selected(names, args, kwargs, prompt)
+            elif prompt is not None and runtime.bank.chosen is None:  # else the offsets are those of other adapters
+                context = runtime.bank.calling(None, runtime.batch_of(args, kwargs), prompt)
+            else:
+                context = nullcontext()
+            with context:
                 yield
+
+    @contextmanager
+    def _as_pefts(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
+            yield
+
+    def _is_pefts_to_do(self, names: Any) -> bool:
+        """aLoRA that the fused ops can't compute: beside other adapters, or where its weights need gradients."""
+        runtime = self.runtime
+        runtime.follower.follow(())
+        if names is None and runtime.bank.chosen is not None:
+            return False
+        return (names is None and not runtime.follower.agrees()) or any(map(needs_gradients, runtime.peft.values()))

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafx.adapters import AdapterWeights
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
+from lorafx.experts import layer_at, named_as
 from lorafx.peft_tensors import parameters_of, shaped
 from lorafx.reading import AdapterReader
 
@@ -66,11 +67,13 @@ class PeftLoader:
     def _add(self, name: str, config: Any, weights: AdapterWeights) -> None:
         config = copy.deepcopy(config)
         config.inference_mode, config.init_lora_weights = True, False
+        if config.target_parameters:
+            config.target_parameters = named_as(name, config.target_parameters, self.model.peft_config.values())
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             self.model.add_adapter(name, config)
             for path, site in weights.sites.items():
-                layer = self.root.get_submodule(path)
+                layer = layer_at(self.root, path)
                 layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode
                 layer.scaling[name] = site.scale  # of weights that come without a config, to the bit
                 tensors = {"A": site.a, "B": site.b, "bias": site.bias}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from lorafx.adapters import Magnitude, SiteWeights
@@ -44,7 +44,8 @@ def weights_of(layer: LoraLayer, name: str) -> SiteWeights:
     if name in layer.lora_magnitude_vector:  # DoRA
         own = [layer.lora_magnitude_vector[name], layer.lora_A[name], layer.lora_B[name]]
         magnitude = Magnitude(own[0].weight.detach(), tuple(module._parameters for module in own))
-    return SiteWeights(a, b, tensors.get("bias"), float(layer.scaling[name]), magnitude)
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 0
+    return SiteWeights(a, b, tensors.get("bias"), float(layer.scaling[name]), magnitude, experts)
 
 
 def flattened(weight: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class PlannedSite:
     def weights(self, take: Callable[[str], Tensor]) -> SiteWeights:
         bias, magnitude = (None if key is None else take(key) for key in (self.bias, self.magnitude))
         own = None if magnitude is None else Magnitude(magnitude)
-        return SiteWeights(flattened(take(self.a)), flattened(take(self.b)), bias, self.shape.scale, own)
+        a, b = flattened(take(self.a)), flattened(take(self.b))
+        return SiteWeights(a, b, bias, self.shape.scale, own, self.shape.experts)
 
 
 @dataclass(frozen=True)

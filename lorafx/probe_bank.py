@@ -17,7 +17,7 @@ from lorafx.bank import AdapterBank
 from lorafx.kernels import layer_kinds, reference
 from lorafx.kernels.layer_ops import unbatched
 from lorafx.kernels.ops import resolve_lowering
-from lorafx.passes.attach_inputs import KEY, ROUTING
+from lorafx.passes.attach_inputs import KEY
 from lorafx.passes.checkpointed import bodies_of
 from lorafx.passes.context import SiteGeometry
 from lorafx.passes.fuse_layers import LAYER_SITE, ROUTED_LAYER
@@ -27,10 +27,11 @@ from lorafx.passes.record import STANDS_FOR
 from lorafx.passes.scale_rows import MAGNITUDE
 from lorafx.passes.share_routing import LOWERING, ROUTED, X
 from lorafx.probe_inputs import rms
-from lorafx.routing import MAX_PAIRS, MAX_ROWS, Pairs, make_routing
+from lorafx.routing import EVERYWHERE, MAX_PAIRS, MAX_ROWS, Pairs, make_routing
 from lorafx.store import PackedStore
 
 SITES = (SITE, LAYER_SITE, MAGNITUDE)  # the last two arguments of these markers are the bank and the site
+LASTS = (2, EVERYWHERE, 1, 0)  # of row after row, how many last positions have the adapters, where that may differ
 HUGE = 1e4  # poison for lowerings that multiply idle lanes by zero; it fits into half precision
 
 
@@ -45,9 +46,10 @@ class ProbeBank:
         biases = {site.name: site.biases for site in real.geometry}
         memory = real.storage.dtype, real.storage.device
         dora = None if real.dora is None else (real.dora.root, real.dora.sites)
-        self.store = PackedStore(real.sites, capacities, biases, real.slots, *memory, dora)
+        self.store = PackedStore(real.sites, capacities, biases, real.slots, *memory, dora, real.late)
         entries = self._entries(min(rows, MAX_ROWS) if rows else 1)
-        self.routing = make_routing(entries, real.storage.device)
+        self._last = [LASTS[row % len(LASTS)] for row in range(len(entries))]
+        self.routing = make_routing(entries, real.storage.device, self._last if real.late else None)
         self._fill(sorted({slot for pairs in entries for slot, _ in pairs}))
         self._fill_factors({pairs[0][0] for pairs in entries if pairs})
         self._calibrated: set[int] = set()
@@ -55,9 +57,7 @@ class ProbeBank:
     def inputs(self, node: fx.Node) -> Tensor:
         """What the placeholder ``node``, which ``attach_input`` made, is to hold."""
         wanted = node.meta[KEY]
-        return (
-            getattr(self.routing, wanted.name) if wanted.name in ROUTING else self.store.table(*vars(wanted).values())
-        )
+        return getattr(self.routing, wanted.name) if wanted.of_call else self.store.table(*vars(wanted).values())
 
     def knows(self, node: fx.Node) -> bool:
         """Whether ``node`` is the marker of a site of this bank."""
@@ -98,7 +98,9 @@ class ProbeBank:
 
     def _delta_of(self, node: fx.Node, y: Tensor, x: Tensor, *kind: Any) -> Tensor:
         site = node.args[-1]
-        return self._delta(site, y, x) if node.target is SITE else self._delta_of_layer(site, y, x, *kind[:3])
+        if node.target is SITE:
+            return self._late(site, self._delta(site, y, x))
+        return self._delta_of_layer(site, y, x, *kind[:3])
 
     def _delta_of_layer(
         self, site: int, y: Tensor, x: Tensor, factor: Tensor | None, kind: str, window: list[int]
@@ -134,6 +136,22 @@ class ProbeBank:
             )
             parts.append(part.reshape(zero.shape))
         return torch.cat(parts)
+
+    def _late(self, site: int, delta: Tensor) -> Tensor:
+        """``delta`` where the adapters of its row are active, if adapters of this site may begin at a position."""
+        if self._geometry[site].name not in self.store.late:
+            return delta
+        if delta.dim() == 1:
+            return self._late(site, delta[None])[0]
+        count, rows, delta = len(self.routing.rows), len(delta), delta.clone()
+        for row in range(rows):
+            last = self._last[row * count // rows]
+            if delta.dim() == 2:  # the positions of an entry are rows that follow each other
+                positions = rows // count
+                delta[row] *= row % positions >= positions - last
+            else:
+                delta[row, : max(0, delta.shape[1] - last)] = 0.0
+        return delta
 
     def _scaled(self, site: int, y: Tensor, bias: Tensor | None) -> Tensor:
         """``f * (y - bias)``: the factors of each row are those of the first adapter it names."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
 from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.experts import widths_at
 from lorafx.formats.base import Base, base_of
 from lorafx.fused_layers import Fusions
 from lorafx.grafting import graft
@@ -54,7 +55,7 @@ class AdapterReader:
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self._planning, self._looking = threading.Lock(), threading.Lock()
         self._bare: nn.Module | None = None
-        # what was looked at: numbers, and layouts that fit the model
+        # what was looked at: adapters that fit the model, with finite numbers of our dtype; layouts that fit it
         self._finite: weakref.WeakValueDictionary[int, AdapterWeights] = weakref.WeakValueDictionary()
         self._fitting: weakref.WeakSet[Layout] = weakref.WeakSet()
 
@@ -65,7 +66,6 @@ class AdapterReader:
         vars(self).update(state)
         self._begin()
 
-    @torch.inference_mode(False)  # what is read outlives the caller's mode
     def open(self, name: str, source: Source) -> AdapterOutline:
         """The adapter at ``source`` as it would stand on the model, under ``name``, its weights still to be read.
 
@@ -77,7 +77,8 @@ class AdapterReader:
         """
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             return self._from_weights(name, source)
-        return self._outline(name, *load_source(name, source, self._base))
+        with torch.inference_mode(False):  # what is read outlives the caller's mode
+            return self._outline(name, *load_source(name, source, self._base))
 
     @torch.inference_mode(False)
     def open_with_config(self, name: str, source: Source) -> tuple[LoraConfig, AdapterOutline]:
@@ -86,12 +87,14 @@ class AdapterReader:
             outline = self._from_weights(name, source)
             config = config_of_shapes(name, outline.sites)
             config.modules_to_save = list(outline.saved) or None
+            config.alora_invocation_tokens = list(outline.invocation) or None
             return config, outline
         config, tensors = load_source(name, source, self._base)
         return config, self._outline(name, config, tensors)
 
     def _outline(self, name: str, config: LoraConfig, tensors: TensorSet) -> AdapterOutline:
         plan, sites, saved_paths = self._plan(name, config, tensors)
+        invocation = tuple(config.alora_invocation_tokens or ())
         _check_scales(name, sites)
 
         @torch.inference_mode(False)
@@ -101,7 +104,11 @@ class AdapterReader:
                 check_base(name, self.root, {path: tensors.take(key) for key, path in plan.base.items()})
                 if tensors.flat is not None:
                     packed = plan.packing.pack(name, tensors.flat(), self.dtype)
-                    packed = replace(plan.with_magnitudes(packed, tensors.take), saved=plan.saved_from(tensors.take))
+                    packed = replace(
+                        plan.with_magnitudes(packed, tensors.take),
+                        saved=plan.saved_from(tensors.take),
+                        invocation=invocation,
+                    )
                     return self._checked(packed)
                 weights = {path: site.weights(tensors.take) for path, site in plan.sites.items()}
                 saved = plan.saved_from(tensors.take)
@@ -110,9 +117,10 @@ class AdapterReader:
                 loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, taken)
                 check_base(name, self.root, loaded.base)
                 weights, saved = weights_on(loaded), loaded.saved
-            return self._checked(AdapterWeights(name, weights, saved=saved).packed(self.dtype))
+            adapter = AdapterWeights(name, weights, saved=saved, invocation=invocation)
+            return self._checked(adapter.packed(self.dtype))
 
-        return AdapterOutline(name, sites, read, saved_paths)
+        return AdapterOutline(name, sites, read, saved_paths, invocation)
 
     def _plan(
         self, name: str, config: LoraConfig, tensors: TensorSet
@@ -163,9 +171,11 @@ class AdapterReader:
 
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
+        if isinstance(source, AdapterWeights) and self._finite.get(id(source)) is source:
+            return AdapterOutline(name, source.shapes, lambda: _renamed(source, name), tuple(source.saved))
         outline = source if isinstance(source, AdapterOutline) else source.outline
         layout = source.layout if isinstance(source, AdapterWeights) else None
-        if layout is None or layout not in self._fitting:
+        if layout is None or outline.saved or layout not in self._fitting:
             _check_fits(name, self.root, outline.sites, self.fusions or Fusions({}))
             _check_has_modules(name, self.root, outline.saved)
             if layout is not None:
@@ -181,7 +191,7 @@ class AdapterReader:
                 weights = weights.packed(self.dtype)
             return _renamed(self._checked(weights), name)
 
-        return AdapterOutline(name, outline.sites, read, outline.saved)
+        return AdapterOutline(name, outline.sites, read, outline.saved, outline.invocation)
 
     def _checked(self, weights: AdapterWeights) -> AdapterWeights:
         """``weights``, whose numbers are looked at once."""
@@ -203,7 +213,8 @@ def _tensors(weights: AdapterWeights) -> list[Tensor]:
 
 
 def _renamed(weights: AdapterWeights, name: str) -> AdapterWeights:
-    renamed = copy.copy(weights)  # with what it has computed of itself, which a new one would compute again
+    _ = weights.scales  # what an adapter has computed of itself goes with the copy
+    renamed = copy.copy(weights)
     vars(renamed)["name"] = name
     return renamed
 
@@ -233,6 +244,8 @@ def _check_has_modules(name: str, root: nn.Module, paths: Iterable[str]) -> None
 
 def _fits(root: nn.Module, path: str, shape: SiteShape) -> bool:
     """Whether the model has this layer."""
+    if shape.experts:
+        return widths_at(root, path) == (shape.in_features, shape.out_features, shape.experts)
     try:
         module = root.get_submodule(path)
     except AttributeError:

@@ -15,7 +15,7 @@ def check_not_recomputed(root: nn.Module) -> None:
     for path, module in root.named_modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedModelError(
-                f"{path or type(root).__name__} is under gradient checkpointing and runs eagerly, so the backward"
-                " computes it again when the adapter_names of this call are gone. Choose with model.lora.use, and keep"
-                " to it until after the backward."
+                f"{path or type(root).__name__} is under gradient checkpointing and runs eagerly, or has adapted"
+                " experts, so the backward computes it again when the adapter_names of this call are gone. Choose with"
+                " model.lora.use, and keep to it until after the backward."
             )

@@ -62,9 +62,11 @@ def make_store(
         known = here + coming.get(path, [])
         shape = (known[0].in_features, known[0].out_features) if known else parts.get(path)
         shape = shape or linear_shape(modules[path], path)
-        sites.append(Site(path, *shape))
+        experts = known[0].experts if known else 0
+        sites.append(Site(path, *shape, experts))
         asked = path in reserved or (path in given and (max_adapters is not None or target_modules is not None))
-        spare = max((slots - len(here)) * rank if asked else 0, sum(s.rank for s in coming.get(path, [])))
+        rows = rank * max(experts, 1)
+        spare = max((slots - len(here)) * rows if asked else 0, sum(s.rank for s in coming.get(path, [])))
         capacities[path] = sum(site.rank for site in here) + spare
         biases[path] = sum(site.bias for site in known)
     sample = next((site for adapter in weights for site in adapter.sites.values()), None)
@@ -79,7 +81,10 @@ def make_store(
     }
     if dora and (max_adapters is not None or target_modules is not None):
         dora = {path for path in capacities if unreadable(base_layer(root, path)) is None}  # any that room is for
-    return PackedStore(sites, capacities, biases, slots, dtype, device, (root, dora))
+    late = {path for adapter in (*weights, *others) if adapter.invocation for path in adapter.sites}
+    if late and (max_adapters is not None or target_modules is not None):
+        late = set(capacities)
+    return PackedStore(sites, capacities, biases, slots, dtype, device, (root, dora), late)
 
 
 def _coming(others: Sequence[AdapterOutline], slots: int, max_rank: int | None) -> dict[str, list[SiteShape]]:
@@ -98,7 +103,8 @@ def _largest(shapes: list[SiteShape], count: int) -> list[SiteShape]:
     biases = sum(s.bias for s in shapes)
     first = shapes[0]
     return [
-        SiteShape(rank, first.in_features, first.out_features, i < biases, first.scale) for i, rank in enumerate(ranks)
+        SiteShape(rank, first.in_features, first.out_features, i < biases, first.scale, experts=first.experts)
+        for i, rank in enumerate(ranks)
     ]
 
 

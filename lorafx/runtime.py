@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted, peft_layers, peft_methods, root_forward, saved_layers
+from lorafx import adapted, expert_layers, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank, warn_once
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -21,6 +22,7 @@ from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.fused_hooks import FusedSites
 from lorafx.fused_layers import Fusions
+from lorafx.invocations import Prompt
 from lorafx.peft_change import changing_peft
 from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
@@ -123,6 +125,7 @@ class Runtime:
                 vars(module).pop(name, None)
 
     def drop_hooks(self, module: nn.Module) -> None:
+        expert_layers.detach(module, self.bank)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, RefuseNames) or (
@@ -151,7 +154,10 @@ class Runtime:
         parts = self.fused.find()
         modules = dict(self.root.named_modules())
         standing = [path for path in self.bank.store.index if path in modules or path not in parts]
+        experts = [s.name for s in self.bank.store.sites if s.experts and s.name not in self.peft]
+        standing = [path for path in standing if path not in experts]
         new = [path for path in standing if path not in self.peft and path not in have]
+        new += [path.rpartition(".")[0] for path in experts]
         check_one_place(self.root, [*new, *(path for path in saved.paths if path not in saved.wrappers)])
         for path in standing:
             site = self.bank.store.index[path]
@@ -164,6 +170,7 @@ class Runtime:
                 self._hooks.append(module.register_forward_hook(have[path], with_kwargs=True))
             have[path].site = site
             have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
+        expert_layers.attach(self.root, self.bank, experts)
         self._hooks += self.fused.attach()
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))
@@ -212,9 +219,16 @@ class Runtime:
 
     @contextmanager
     def selected(
-        self, names: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None, *, generating: bool = False
+        self,
+        names: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        prompt: Prompt | None = None,
+        *,
+        generating: bool = False,
     ) -> Iterator[None]:
-        """One call with ``adapter_names`` of its own; ``generating``: a call of many forwards.
+        """One call with ``adapter_names`` of its own; ``prompt``: where aLoRA adapters begin in it; ``generating``: a
+        call of many forwards.
 
         AdapterMismatchError: an unknown name, or not one name for each row
         """
@@ -227,7 +241,7 @@ class Runtime:
                 f"got {len(names)} adapter_names for a batch of {batch} rows; expected one name for each row"
                 " (None or '__base__' for the base model)"
             )
-        with self.bank.calling(selection, batch), self.bank.held(selection) if generating else nullcontext():
+        with self.bank.calling(selection, batch, prompt), self.bank.held(selection) if generating else nullcontext():
             yield
 
     @contextmanager
@@ -240,14 +254,15 @@ class Runtime:
             self._forced_eager -= 1
 
     def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        names = kwargs.pop("adapter_names", None)
+        names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
         with ExitStack() as stack:
             if names is None:
                 self.follower.follow(())
             else:
                 stack.enter_context(self.selected(names, args, kwargs))
             batch = self.batch_of(args, kwargs)
-            stack.enter_context(self.bank.calling(None, batch))
+            own = names is not None or offsets is not None or self.bank.needs_prompt
+            stack.enter_context(self.bank.calling(None, batch, self.prompt(args, kwargs, offsets) if own else None))
             scale = scale_in(self.root, kwargs)
             if scale is not None and not self.unfused and self.follower.agrees():
                 kwargs = without_scale(kwargs)
@@ -261,6 +276,17 @@ class Runtime:
             self._check_rows()
             return self.entry()(*args, **kwargs)
 
+    def prompt(self, args: Sequence[Any], kwargs: dict[str, Any], offsets: Any = None) -> Prompt | None:
+        """Where aLoRA adapters begin in a call with these arguments; None where there is no such adapter.
+
+        AdapterMismatchError: ``offsets`` (PEFT's ``alora_offsets``) are not one for each row
+        """
+        if not self.bank.store.late:
+            return None
+        prompt = Prompt.of_call(args, kwargs, offsets=offsets)
+        prompt.check_offsets(self.batch_of(args, kwargs))
+        return prompt
+
     @torch.compiler.disable
     def is_running(self) -> bool:
         """Whether we are inside a call of the root; also once this model is not compiled by us any more."""
@@ -273,6 +299,8 @@ class Runtime:
             if torch.is_grad_enabled() and self.bank.chosen_by_call:
                 check_not_recomputed(self.root)
             return self.root._call_impl
+        if torch.is_grad_enabled() and self.bank.chosen_by_call and any(s.experts for s in self.bank.store.sites):
+            check_not_recomputed(self.root)  # a graph hands their routing to no second forward
         if not self._entered:
             self._entered = True
             if rewrites_itself(self.root):
@@ -298,7 +326,7 @@ class Runtime:
         return (
             bool(self.peft)
             and torch.is_grad_enabled()
-            and (self.bank.chosen is not None or self.fused.parts)
+            and (self.bank.chosen is not None or self.fused.parts or self.bank.late_in_use)
             and (
                 any(adapted.needs_gradients(layer) for layer in self.peft.values())
                 or any(saved_layers.needs_gradients(wrapper) for wrapper in self.bank.saved.wrappers.values())
@@ -309,8 +337,7 @@ class Runtime:
         """Rows of the batch: the leading size of the model's main input, else of the first tensor."""
         main = getattr(self.root, "main_input_name", None)
         named = (main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-        candidates = [*args[:1], *(kwargs.get(name) for name in named if name), *args[1:], *kwargs.values()]
-        for value in candidates:
+        for value in chain(args[:1], map(kwargs.get, named), args[1:], kwargs.values()):
             if isinstance(value, Tensor) and value.dim() > 0:
                 return value.shape[0]
         return None
@@ -336,7 +363,8 @@ class RootCall:
 
 
 class Generate:
-    """``model.generate`` with ``adapter_names``, on a model whose own generate does not know them."""
+    """``model.generate`` with ``adapter_names``, on a model whose own generate does not know them, and with aLoRA,
+    which begins where the prompt says (or PEFT's ``alora_offsets``) and stays on for all tokens behind."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -346,11 +374,17 @@ class Generate:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.runtime.root).generate.__get__(self.runtime.root))
 
-    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        root = self.runtime.root
-        if adapter_names is None:
-            return type(root).generate(root, *args, **kwargs)
-        with self.runtime.selected(adapter_names, args, kwargs, generating=True):
+    def __call__(self, *args: Any, adapter_names: Any = None, alora_offsets: Any = None, **kwargs: Any) -> Any:
+        runtime, root = self.runtime, self.runtime.root
+        runtime.follower.follow(())  # which may find the first aLoRA
+        own = adapter_names is not None or alora_offsets is not None or runtime.bank.needs_prompt
+        prompt = runtime.prompt(args, kwargs, alora_offsets) if own else None
+        if adapter_names is not None:
+            context = runtime.selected(adapter_names, args, kwargs, prompt, generating=True)
+        else:
+            batch = runtime.batch_of(args, kwargs)
+            context = runtime.bank.calling(None, batch, prompt) if prompt is not None else nullcontext()
+        with context:
             return type(root).generate(root, *args, **kwargs)
 
 

@@ -48,4 +48,4 @@ def _row(item: object) -> Row:
 
 def names_in(selection: Selection) -> KeysView[str]:
     """Each once, in the order in which they are named."""
-    return dict.fromkeys(name for row in selection for name, _ in row).keys()
+    return dict.fromkeys([name for row in dict.fromkeys(selection) for name, _ in row]).keys()

@@ -85,6 +85,7 @@ def apply_site(bank: AdapterBank, site: int, y: Tensor, x: Tensor) -> Tensor:
         tensors["windows"],
         None,
         bank.lowering,
+        last=routing.last if bank.store.sites[site].name in bank.store.late else None,
     )[0]
 
 

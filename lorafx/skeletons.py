@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lorafx.adapted import is_supported, other_variants
 from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.experts import forward_of_ours, site_name, why_not_wrapped
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
 from lorafx.quantised import is_quantised, stand_in
@@ -68,12 +69,14 @@ def skeleton(model: nn.Module) -> nn.Module:
         if vars(model).get(attribute) is not None:
             memo[id(vars(model)[attribute])] = None
     for module in model.modules():
-        for hook in module._forward_hooks.values():
+        for hook in (*module._forward_hooks.values(), forward_of_ours(module)):
             memo[id(hook)] = None
     bare = copy.deepcopy(model, memo)
     for module in bare.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if vars(module).get("forward", module) is None:
+            del vars(module)["forward"]
     adapted = [path for path, module in bare.named_modules() if isinstance(module, LoraLayer)]
     for path in adapted:
         if not path.startswith(tuple(f"{outer}." for outer in adapted)):
@@ -174,12 +177,12 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
                     " on linear layers, embeddings and Conv2d. Load it with PEFT and pass the PeftModel: that layer"
                     " then stays as PEFT has it."
                 )
-            if reason := why_not(module.get_base_layer()):
+            if reason := why_not_wrapped(module) or why_not(module.get_base_layer()):
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, {reason}; lorafx does not run that. Load it with PEFT and pass"
                     " the PeftModel: that layer then stays as PEFT has it."
                 )
-            layers[path] = module
+            layers[site_name(path, module)] = module
     if not layers:
         raise _mismatch(name, bare, "its config targets no layer.", "target_modules that name layers of this model")
     return layers
@@ -215,7 +218,7 @@ def lora_parameters(layers: Mapping[str, PeftLinear]) -> dict[tuple[str, str], n
     found = {}
     for path, layer in layers.items():
         found.update({(path, role): parameter for role, parameter in parameters_of(layer, NAME).items()})
-        if NAME in layer.lora_variant:
+        if NAME in layer.lora_magnitude_vector:
             found[path, "magnitude"] = layer.lora_magnitude_vector[NAME].weight
     return found
 

@@ -16,10 +16,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapters import AdapterWeights, SiteShape, SiteWeights
+from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape, SiteWeights
 from lorafx.dora import Dora
 from lorafx.errors import AdapterMismatchError, CapacityError
-from lorafx.packing import Layout, Piece, Run, copy_all, find_runs, sources, targets
+from lorafx.packing import Layout, Piece, Run, copy_all, find_runs, kind_of, sources, targets
 from lorafx.passes.context import SiteGeometry
 from lorafx.placing import Room, Window, find_room
 
@@ -33,6 +33,7 @@ class Site:
     name: str
     in_features: int
     out_features: int
+    experts: int = 0  # as in SiteShape
 
     @property
     def parent(self) -> str:
@@ -99,7 +100,8 @@ class PackedStore:
     """Rank rows for ``slots`` adapters over fixed sites. Not thread-safe: the bank sees to that.
 
     storage: flat, the bank's dtype; owner ``[lanes]``, windows ``[slots, sites, 3]`` (first row, rank, bias row), both
-    int16 where that is enough; scale ``[slots, sites]`` float32; dora: the model, and the sites that DoRA may stand on
+    int16 where that is enough; scale ``[slots, sites]`` float32; dora: the model, and the sites that DoRA may stand on;
+    late: the sites that aLoRA may stand on
     """
 
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
@@ -112,6 +114,7 @@ class PackedStore:
         dtype: torch.dtype,
         device: torch.device,
         dora: tuple[nn.Module, Collection[str]] | None = None,
+        late: Collection[str] = (),
     ) -> None:
         self.sites = order_sites(sites)
         self.geometry = plan(self.sites, capacities, biases)
@@ -133,6 +136,8 @@ class PackedStore:
         )
         self.taken: list[dict[str, Window]] = [{} for _ in range(slots)]  # by slot, by site
         self._held: list[Held | None] = [None] * slots
+        self.late = frozenset(late)
+        self.invocations: list[tuple[int, ...]] = [()] * slots  # of aLoRA, the token ids at which it begins
         self.dora: Dora | None = None  # where any adapter has it
         if dora is not None and dora[1]:
             outs = {site.name: site.out_features for site in self.sites if site.name in dora[1]}
@@ -161,6 +166,18 @@ class PackedStore:
     def takes_dora(self, shapes: Mapping[str, SiteShape]) -> bool:
         """Whether there are factors at all sites that ``shapes`` has DoRA on."""
         return all(self.dora is not None and path in self.dora.sites for path, s in shapes.items() if s.dora)
+
+    def takes_late(self, adapter: AdapterOutline | AdapterWeights) -> bool:
+        """Whether ``adapter`` is no aLoRA, or may be one at all of its sites."""
+        return not adapter.invocation or self.late.issuperset(adapter.sites)
+
+    def check_late(self, adapter: AdapterOutline | AdapterWeights) -> None:
+        """CapacityError: ``adapter`` is aLoRA where none may be"""
+        if not self.takes_late(adapter):
+            raise CapacityError(
+                f"adapter {adapter.name!r} is aLoRA on layers where no aLoRA was expected. Compile the AdapterStore"
+                " without max_rank or without target_modules, so that its adapters are looked at first."
+            )
 
     def fits(self, slots: Sequence[int], adapters: Sequence[Mapping[str, SiteShape]]) -> bool:
         """Whether adapters of these shapes have room, one after the other, once all of ``slots`` are empty."""
@@ -197,8 +214,14 @@ class PackedStore:
         CapacityError: no room
         """
         adapter = adapter.packed(self.storage.dtype, self.storage.device)
-        with self.dora.putting(slot, adapter) if self.dora is not None else nullcontext():
-            self._put(slot, adapter)
+        self.check_late(adapter)
+        before, self.invocations[slot] = self.invocations[slot], adapter.invocation
+        try:
+            with self.dora.putting(slot, adapter) if self.dora is not None else nullcontext():
+                self._put(slot, adapter)
+        except BaseException:
+            self.invocations[slot] = before
+            raise
 
     def _put(self, slot: int, adapter: AdapterWeights) -> None:
         if self.holds(slot, adapter.layout):
@@ -232,12 +255,15 @@ class PackedStore:
     def _rewrite(self, slot: int, adapter: AdapterWeights, held: Held) -> None:
         """The same rows with other numbers. Saving the old ones first would double the cost: the one call that writes
         them is the last thing done, and nothing can stop it half-way."""
+        numbers = sources(adapter.flat, held.runs)
+        if (self._scale[slot].take(held.columns) == adapter.scales).all():
+            copy_all(held.views, numbers)
+            return
         scale = self._scale[slot].copy()
         try:
-            if not numpy.array_equal(scale[held.columns], adapter.scales):
-                self._scale[slot, held.columns] = adapter.scales
-                self.scale[slot].copy_(torch.from_numpy(self._scale[slot]))
-            copy_all(held.views, sources(adapter.flat, held.runs))
+            self._scale[slot, held.columns] = adapter.scales
+            self.scale[slot].copy_(torch.from_numpy(self._scale[slot]))
+            copy_all(held.views, numbers)
         except BaseException:
             self._scale[slot] = scale
             self.scale[slot].copy_(torch.from_numpy(scale))
@@ -251,6 +277,7 @@ class PackedStore:
             self._write_tables()
             if self.dora is not None:
                 self.dora.clear(slot)
+            self.invocations[slot] = ()
 
     @torch.no_grad()
     def set_scale(self, slot: int, path: str, scale: float) -> None:
@@ -326,10 +353,9 @@ class PackedStore:
                 g.b_offset + window.bias_row * g.out_features,
             )
             lengths = (window.rank * g.in_features, window.rank * g.out_features, g.out_features)
-            kind = path.rpartition(".")[2]
             packed = layout.offsets[path] if layout is not None else starts
             for part in range(2 if window.bias_row < 0 else 3):
-                yield Piece((kind, part), starts[part], packed[part], lengths[part])
+                yield Piece(kind_of(path, part), starts[part], packed[part], lengths[part])
 
     def _views(self, windows: Iterable[tuple[str, Window]]) -> list[Tensor]:
         """All rows of these windows, as few views."""
@@ -366,7 +392,8 @@ class PackedStore:
     def weights(self, slot: int, path: str, scale: float) -> SiteWeights:
         """The same, with what else belongs to it."""
         held = self.dora.held[slot].get(path) if self.dora is not None else None
-        return SiteWeights(*self.views(slot, path), scale, None if held is None else held.magnitude)
+        magnitude = None if held is None else held.magnitude
+        return SiteWeights(*self.views(slot, path), scale, magnitude, self.sites[self.index[path]].experts)
 
     @property
     def factors(self) -> Tensor:

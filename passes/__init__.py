@@ -24,6 +24,7 @@ from lorafx.passes.fuse_groups import fuse_groups
 from lorafx.passes.fuse_layers import fuse_layers
 from lorafx.passes.graph_reading import TRACED
 from lorafx.passes.mark_branches import mark_branches
+from lorafx.passes.note_experts import note_experts
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.scale_rows import scale_rows
 from lorafx.passes.share_routing import share_routing
@@ -41,6 +42,7 @@ REWRITE = (
     hand_on_inputs,  # what bodies of checkpointed layers read, which are rewritten before the graph that calls them
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
+    note_experts,  # lorafx.expert_site stays
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     scale_rows,  # lorafx.magnitude -> lorafx.scaled_rows
     share_routing,  # one lorafx.row_weights for all groups

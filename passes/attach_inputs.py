@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-ROUTING = ("slots", "weights", "count")  # of the call; the others keep their address
+ROUTING = ("slots", "weights", "count")  # of the call, as what LAST names; the others keep their address
+LAST = "last"
 KEY = "lorafx_input"
 
 
 @dataclass(frozen=True)
 class RoutedInput:
-    """What a placeholder stands for: one of ROUTING, or ``storage``, ``windows``, ``owner``, ``scale``,
+    """What a placeholder stands for: one of ROUTING, LAST, or ``storage``, ``windows``, ``owner``, ``scale``,
     ``factors``, or a part.
 
     start, length: lanes of ``owner``, columns of ``scale``, elements of ``factors``
@@ -28,9 +29,14 @@ class RoutedInput:
     start: int = 0
     length: int | None = None
 
+    @property
+    def of_call(self) -> bool:
+        """Another tensor at each call."""
+        return self.name in (*ROUTING, LAST)
+
 
 def attach_input(gm: fx.GraphModule, wanted: RoutedInput) -> fx.Node:
-    """Its placeholder; made when it is first asked for. The routing comes first."""
+    """Its placeholder; made when it is first asked for. What is of the call comes first."""
     have = {node.meta[KEY]: node for node in _routed(gm)}
     if wanted in have:
         return have[wanted]
@@ -38,12 +44,16 @@ def attach_input(gm: fx.GraphModule, wanted: RoutedInput) -> fx.Node:
         for name in ROUTING:
             attach_input(gm, RoutedInput(name))
     suffix = "" if wanted.length is None else f"_{wanted.start}_{wanted.length}"
-    with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder")):
+    if wanted.name == LAST:
+        place = gm.graph.inserting_after(_routed(gm)[len(ROUTING) - 1])
+    else:
+        place = gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder"))
+    with place:
         node = gm.graph.placeholder(f"lorafx_{wanted.name}{suffix}")
     node.meta[KEY] = wanted
     # AOTAutograd wants to know where a Dynamo graph's input comes from; None is "not from user code"
     node._dynamo_source = None
-    if wanted.name not in ROUTING:
+    if not wanted.of_call:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
 

@@ -32,13 +32,14 @@ class SiteGeometry:
 class PassContext:
     """One compilation: options in, record out. ``fold``: layers may be folded into the op that adapts them;
     ``bank_key`` is the number that this bank's markers carry; ``factors``: of sites that DoRA may stand on, how many
-    rows their table of factors has, and where in the bank's it begins; ``refused``: sums and site markers, by the names
-    of their nodes, that are to stay."""
+    rows their table of factors has, and where in the bank's it begins; ``late``: sites that an adapter may
+    have from a position on only; ``refused``: sums and site markers, by the names of their nodes, that are to stay."""
 
     lowering: str = "auto"
     bank_key: int | None = None
     sites: Sequence[SiteGeometry] = ()
     factors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    late: Collection[str] = ()
     fold: bool = True
     refused: Collection[str] = ()
     record: PassRecord = field(default_factory=PassRecord)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.ops import choose_lowering, resolve_lowering
-from lorafx.passes.attach_inputs import ROUTING, RoutedInput, attach_input
+from lorafx.passes.attach_inputs import LAST, ROUTING, RoutedInput, attach_input
 from lorafx.passes.context import PassContext, SiteGeometry
 from lorafx.passes.graph_reading import KEPT_META, example, size_hint, traced_name
 from lorafx.passes.group_markers import SITE, Group, group_markers
@@ -107,6 +107,8 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
     runs = [(first.column, len(sites))] if adjacent else columns
     windows = [narrow("windows", 1, run) for run in runs]
     x = group.x
+    routing = [attach_input(gm, RoutedInput(name)) for name in ROUTING]
+    late = any(site.name in context.late for site in sites)
     _record(context, "routed_lora", first.parent, x, [_site_branch(site) for site in sites])
     if (value := example(x)) is not None:
         for site in sites:
@@ -119,13 +121,14 @@ def _routed(gm: fx.GraphModule, group: Group, context: PassContext) -> fx.Node:
             a,
             b,
             [site.capacity for site in sites],
-            *(attach_input(gm, RoutedInput(name)) for name in ROUTING),
+            *routing,
             table("owner", 0, [(site.lane, site.lanes) for site in sites]),
             table("scale", 1, columns),
             joined(windows, 1),
             None,
             context.lowering,
         ),
+        {"last": attach_input(gm, RoutedInput(LAST))} if late else {},
     )
 
 

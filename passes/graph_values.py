@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.passes.attach_inputs import KEY, ROUTING
+from lorafx.passes.attach_inputs import KEY
 
 VIEWS = {torch.as_strided, torch.narrow}
 
@@ -77,7 +77,7 @@ def is_bank_view(node: fx.Node) -> bool:
         return False
     base, *constants = node.args
     wanted = base.meta.get(KEY) if isinstance(base, fx.Node) else None
-    return wanted is not None and wanted.name not in ROUTING and not any(_has_node(arg) for arg in constants)
+    return wanted is not None and not wanted.of_call and not any(_has_node(arg) for arg in constants)
 
 
 def _size_of_view(node: fx.Node) -> tuple[Any, ...]:

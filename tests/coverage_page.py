@@ -19,6 +19,7 @@ from tests.integration import (
     test_convolutions,
     test_embeddings,
     test_errors,
+    test_experts,
     test_family_roads,
     test_generate,
     test_left_to_peft,
@@ -80,6 +81,7 @@ def calls() -> str:
             ("LoRA on embeddings, one adapter and row by row", listed(test_embeddings.CASES)),
             ("LoRA on positions, one adapter for the batch", listed(test_embeddings.POSITIONS)),
             ("LoRA on convolutions, as the ops", listed(test_layer_ops.WINDOWS)),
+            ("LoRA on experts, row by row as PEFT alone, from files and on PeftModels", listed(test_experts.NAMES)),
             ("left to PEFT, bit for bit, and reported", listed(test_errors.KINDS)),
             (
                 "left to PEFT, and refused by name from a file",

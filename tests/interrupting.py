@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ def interrupt_at(line: int, folder: str, action: Callable[[], Any], spare: tuple
     spare: files that are never stopped. Returns False if ``action`` ended before.
     """
     inside, count = os.path.join(ROOT, folder) + os.sep, 0
+    last: dict[int, int] = {}
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
@@ -25,7 +27,11 @@ def interrupt_at(line: int, folder: str, action: Callable[[], Any], spare: tuple
         if not name.startswith(inside) or os.path.basename(name) in spare:
             return None
         if event == "line":
-            count += 1
+            leaving = frame.f_lineno < last.get(id(frame), 0) and _is_with(name, frame.f_lineno)
+            last[id(frame)] = frame.f_lineno
+            count += not leaving  # a signal can't come before the call that releases a lock, and none is left locked
+            if leaving:
+                return trace
             if count == line:
                 sys.settrace(None)
                 raise KeyboardInterrupt
@@ -40,3 +46,7 @@ def interrupt_at(line: int, folder: str, action: Callable[[], Any], spare: tuple
     finally:
         sys.settrace(before)
     return False
+
+
+def _is_with(name: str, line: int) -> bool:
+    return linecache.getline(name, line).lstrip().startswith("with ")

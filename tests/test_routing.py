@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -76,3 +77,39 @@ def test_a_reader_that_wants_to_write_is_told() -> None:
         pass
     with lock.writing():
         pass
+
+
+def test_a_writer_that_gives_up_holds_nobody_back() -> None:
+    """Ctrl-C while it waits for a forward: the readers that stand behind it go on, as soon as it is gone."""
+    lock, begun, ended, inside = ReadWriteLock(), threading.Event(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        with lock.reading():
+            begun.set()
+            ended.wait(timeout=60)
+
+    def read_behind() -> None:
+        while not lock._waiting:
+            time.sleep(0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with lock.reading():
+            inside.set()
+
+    def give_up(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    threads = [threading.Thread(target=target, daemon=True) for target in (read, read_behind)]
+    try:
+        threads[0].start()
+        assert begun.wait(timeout=60)
+        threads[1].start()
+        with pytest.raises(KeyboardInterrupt), lock.writing():
+            pass
+        assert inside.wait(timeout=10)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        ended.set()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)

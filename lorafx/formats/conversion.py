@@ -44,12 +44,14 @@ class Layer:
 class Conversion:
     """layers: by the path of the module
     config: what the file says it is; None: it is made of ranks and alphas, alpha = rank where no alpha is given
+    invocation: of aLoRA, the token ids at which it begins
     turn: what has to be done to some layers' B ``[out, rank]``, by path
     """
 
     layers: Mapping[str, Layer]
     config: LoraConfig | None = None
     turn: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     def names(self) -> set[str]:
         """Of all tensors that are needed."""
@@ -73,6 +75,9 @@ def converted(name: str, conversion: Conversion, tensors: TensorSet) -> tuple[Lo
             turns[f"{PREFIX}{path}.lora_B.weight"] = conversion.turn[path]
     bias = any(layer.bias is not None for layer in conversion.layers.values())
     config = conversion.config if conversion.config is not None else config_of_ranks(ranks, alphas, bias)
+    if conversion.invocation:
+        # PEFT looks for them in its class for this task alone
+        config.alora_invocation_tokens, config.task_type = list(conversion.invocation), "CAUSAL_LM"
 
     def take(key: str) -> Tensor:
         tensor = tensors.take(sources[key])

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorafx.config_fields import show
+from lorafx.config_fields import FIELDS, show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.formats.base import Base
 from lorafx.formats.conversion import Conversion, Layer
 from lorafx.formats.gguf_layout import layout_for
 
 TYPE, ARCHITECTURE, KIND, ALPHA = "general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"
+INVOCATION = "adapter.alora.invocation_tokens"  # of an aLoRA adapter
 ENDS = {".weight.lora_a": "a", ".weight.lora_b": "b"}
 
 
@@ -31,9 +32,10 @@ def convert(name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[
                 f"adapter {name!r}: the GGUF file has {key}={show(metadata.get(key))}; expected {expected!r}, as in an"
                 " adapter that llama.cpp's convert_lora_to_gguf.py wrote."
             )
-    more = [key for key in metadata if key.startswith("adapter.alora")]
-    if more:
-        raise AdapterFormatError(f"adapter {name!r} uses aLoRA ({more[0]}): lorafx can't run that from a file.")
+    invocation = metadata.get(INVOCATION, [])
+    is_right, expected = FIELDS["alora_invocation_tokens"]
+    if invocation is None or not is_right(invocation):
+        raise AdapterFormatError(f"adapter {name!r}: it has {INVOCATION}={show(invocation)}; expected {expected}.")
     alpha = metadata.get(ALPHA, 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise AdapterFormatError(f"adapter {name!r}: it has {ALPHA}={show(alpha)}; expected a number.")
@@ -64,4 +66,4 @@ def convert(name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[
         layers.setdefault(there[0], Layer(alpha=alpha or None)).put(name, ENDS[end], key)
     if not layers:
         raise AdapterFormatError(f"adapter {name!r}: the GGUF file has no tensors; expected those of an adapter.")
-    return Conversion(layers, turn=layout.turns())
+    return Conversion(layers, turn=layout.turns(), invocation=tuple(invocation))

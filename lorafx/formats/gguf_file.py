@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor, dequantize
 from torch import Tensor
 
+from lorafx.config_fields import NAMES_LIMIT
 from lorafx.tensor_files import HEADER_LIMIT, TensorSet, check_kind, check_length, check_names, unreadable
 
 READS_LIMIT = 1 << 16  # an adapter of all seven projections of 100 layers takes some 9,000
@@ -32,7 +33,7 @@ WHOLE = {getattr(GGMLQuantizationType, kind) for kind in ("I8", "I16", "I32", "I
 
 @dataclass(frozen=True)
 class GgufFile:
-    """metadata: single numbers and texts by name; a list is there as None
+    """metadata: numbers, texts and short lists of numbers by name; another list is there as None
     tensors: ``[rows, columns]``; what is quantised comes as float32"""
 
     metadata: Mapping[str, Any]
@@ -82,7 +83,10 @@ def open_gguf(name: str, path: Path, found: os.stat_result) -> GgufFile:
 
 
 def _value(field: Any) -> Any:
-    return None if field.types[:1] == [GGUFValueType.ARRAY] else field.contents()
+    if field.types[:1] != [GGUFValueType.ARRAY]:
+        return field.contents()
+    short = len(field.types) == 2 and len(field.data) <= NAMES_LIMIT and field.types[1] != GGUFValueType.STRING
+    return field.contents() if short else None
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:

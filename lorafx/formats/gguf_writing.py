@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def to_gguf(
                 )
             tensors[layout.names[layer] + end] = cast.contiguous().numpy()
     with new_file(path, overwrite) as written:
-        _write(written, layout.arch, path.stem, alpha, dtype, tensors)
+        _write(written, layout.arch, path.stem, alpha, dtype, tensors, weights.invocation)
     return path
 
 
@@ -114,14 +114,25 @@ def _check_layers(weights: AdapterWeights, names: Mapping[str, str]) -> None:
             )
 
 
-def _write(path: Path, arch: str, title: str, alpha: float, dtype: str, tensors: Mapping[str, np.ndarray]) -> None:
-    from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
+def _write(
+    path: Path,
+    arch: str,
+    title: str,
+    alpha: float,
+    dtype: str,
+    tensors: Mapping[str, np.ndarray],
+    invocation: Sequence[int],
+) -> None:
+    from gguf import GGUFType, GGUFValueType, GGUFWriter, Keys, LlamaFileType
 
     writer = GGUFWriter(str(path), arch)
     try:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+        if invocation:  # whole numbers of this kind are what llama.cpp asks for
+            kinds = GGUFValueType.ARRAY, GGUFValueType.UINT32
+            writer.add_key_value(Keys.Adapter.ALORA_INVOCATION_TOKENS, list(invocation), *kinds)
         writer.add_name(title)
         writer.add_file_type(LlamaFileType.ALL_F32 if dtype == "f32" else LlamaFileType.MOSTLY_F16)
         for key, tensor in tensors.items():

@@ -13,7 +13,7 @@ import transformers
 import lorafx
 from lorafx.formats import detect, to_gguf, to_peft
 from lorafx.formats.gguf_layout import halved, interleaved
-from tests.integration.models import FAMILIES, LLAMA, run, tokens, with_peft
+from tests.integration.models import FAMILIES, LLAMA, run, save_adapter, tokens, with_peft
 
 from .files import assert_same, deltas, matrices, peft_folder, write_gguf
 
@@ -264,3 +264,25 @@ def test_on_a_peft_model(tmp_path):
     model.lora.load("b", path)
     inputs = LLAMA.inputs(2)
     assert torch.equal(run(model, inputs, ["a", "a"]), run(model, inputs, ["b", "b"]))
+
+
+def test_alora(model, tmp_path):
+    """Where it begins is in the file, as llama.cpp wants it, and comes back."""
+    late = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 6]}
+    folder = save_adapter(LLAMA, tmp_path / "late", target_modules=["q_proj", "o_proj"], **late)
+    path = to_gguf(folder, tmp_path / "late.gguf", model)
+    found = gguf.GGUFReader(path).fields["adapter.alora.invocation_tokens"]
+    assert found.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert found.contents() == [5, 6]
+    back = to_peft(path, tmp_path / "back", model)
+    ids = tokens(2)
+    ids[ids == 5] = 7
+    ids[0, 2:4] = torch.tensor([5, 6])
+    base, want = run(model, {"input_ids": ids}), run(with_peft(LLAMA.build(), {"late": folder}), {"input_ids": ids})
+    assert torch.equal(want[1], base[1])
+    assert not torch.allclose(want[0], base[0])
+    assert torch.equal(run(with_peft(LLAMA.build(), {"late": str(back)}), {"input_ids": ids})[1], base[1])
+    for source in (path, back):
+        got = run(lorafx.compile(LLAMA.build(), {"late": source}, mode="eager"), {"input_ids": ids})
+        assert torch.equal(got[1], base[1])
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -173,8 +173,17 @@ def test_other_things_that_are_wrong(refused):
     refused(file([], PAIR, data), "general.type")
     refused(file([*ADAPTER, field("adapter.lora.alpha", STRING, text("8"))], PAIR, data), "alpha")
     refused(file([*ADAPTER, field("general.alignment", 4, bytes(4))], PAIR, data), "alignment")
-    invocation = field("adapter.alora.invocation_tokens", ARRAY, struct.pack("<IQI", 4, 1, 7))
-    refused(file([*ADAPTER, invocation], PAIR, data), "aLoRA")
+    for kind, content in (
+        (ARRAY, struct.pack("<IQi", 5, 1, -7)),  # a negative id
+        (ARRAY, struct.pack("<IQf", 6, 1, 7.0)),
+        (ARRAY, struct.pack("<IQ", UINT8, 5000) + bytes(5000)),
+        (ARRAY, struct.pack("<IQ", STRING, 1) + text("7")),
+        (ARRAY, struct.pack("<IQIQI", ARRAY, 1, 4, 1, 7)),
+        (4, struct.pack("<I", 7)),
+        (STRING, text("7")),
+    ):
+        invocation = field("adapter.alora.invocation_tokens", kind, content)
+        refused(file([*ADAPTER, invocation], PAIR, data), "adapter.alora.invocation_tokens|Arrays")
     nan = np.ones(48, "<f4")
     nan[40] = np.nan
     refused(file(tensors=PAIR, data=nan.tobytes()), "NaN")

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 import lorafx
 
 from .families import FAMILIES
-from .models import EAGER_GRAPH, difference, run, save_adapters, with_peft
+from .models import EAGER_GRAPH, difference, run, save_adapters, site_of, with_peft
 
 KINDS = ("qkv", "default", "all-linear")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +43,7 @@ class Case:
 
     @property
     def in_place(self) -> bool:
-        """Whether a PeftModel was compiled: of adapted experts no file is read."""
+        """Whether a PeftModel was compiled: of adapted routers, which "all-linear" takes too, no file is read."""
         return isinstance(self.model, PeftModel)
 
     def inputs(self) -> dict[str, Tensor]:
@@ -157,7 +158,7 @@ def row_errors(got: Tensor | None, want: Tensor) -> list[float] | None:
 
 def shared_inputs(model: PeftModel, inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The adapted linear layers of one module that were called with the very same tensor, seen while ``model`` runs
-    eagerly: what has to be one group each."""
+    eagerly: what has to be one group each. Each weight of experts is one by itself."""
     calls: list[tuple[str, Tensor]] = []
 
     def note(path: str) -> Any:
@@ -174,7 +175,9 @@ def shared_inputs(model: PeftModel, inputs: Mapping[str, Tensor]) -> list[tuple[
     groups: dict[tuple[int, str], list[str]] = {}
     for path, x in calls:  # which keeps every x alive, so an id stands for one of them
         groups.setdefault((id(x), path.rpartition(".")[0]), []).append(path)
-    return sorted(tuple(sorted(group)) for group in groups.values())
+    wrapped = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, ParamWrapper)]
+    experts = [(site_of(path, module),) for path, module in wrapped if module.num_experts > 1]
+    return sorted([*experts, *(tuple(sorted(group)) for group in groups.values())])
 
 
 def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

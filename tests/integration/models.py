@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 import lorafx
@@ -71,9 +72,14 @@ def with_peft(model: nn.Module, folders: Mapping[str, Any]) -> PeftModel:
 
 
 def adapted_layers(peft_model: nn.Module) -> set[str]:
-    """Paths, in the base model, of every layer that PEFT adapted."""
+    """Paths, in the base model, of every layer that PEFT adapted, and of every weight of experts."""
     root = peft_model.get_base_model()
-    return {path for path, module in root.named_modules() if isinstance(module, LoraLayer)}
+    return {site_of(path, module) for path, module in root.named_modules() if isinstance(module, LoraLayer)}
+
+
+def site_of(path: str, layer: nn.Module) -> str:
+    """The path of an adapted layer, or of the weight of experts that PEFT has wrapped."""
+    return f"{path.partition('.base_layer')[0]}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
 
 
 # ------------------------------------------------------------------------------------------------ comparing

@@ -397,6 +397,16 @@ def test_load_replace_and_unload(folders, tmp_path):
     assert (len(lorafx.explain(model).graphs), lorafx.explain(model).recompiles) == (1, 0)
 
 
+def test_dora_in_the_place_of_the_same_layers_without_it(tmp_path):
+    """The rows are as long, so replace might take it for a copy of numbers alone, and leave the magnitudes out."""
+    plain = saved(LLAMA, tmp_path / "plain", 9, r=4, target_modules=["q_proj", "v_proj"])
+    dora = saved(LLAMA, tmp_path / "dora", 10, use_dora=True, r=4, target_modules=["q_proj", "v_proj"])
+    model = lorafx.compile(LLAMA.build(LAYERS), {"one": plain}, mode="eager")
+    for source in (dora, plain, dora):
+        model.lora.replace("one", model.lora.read(source))
+        check(model, with_peft(LLAMA.build(LAYERS), {"one": source}), names=["one", None])
+
+
 def test_the_first_dora_adapter_costs_one_trace_and_says_so(folders):
     model = lorafx.compile(
         LLAMA.build(LAYERS), {"plain": folders["plain"]}, max_adapters=3, max_rank=8, options=EAGER_GRAPH

@@ -5,15 +5,13 @@ Run by default: the families in ``FIRST``.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import get_peft_model
 
 import lorafx
 
-from .groups import FIRST, MANY_GRAPHS, K, Q, V, assert_fused, group_names, seen, unless_first
+from .groups import FIRST, MANY_GRAPHS, assert_fused, seen, unless_first
 from .measuring import cast
 from .models import (
     EAGER_GRAPH,
@@ -107,24 +105,6 @@ def test_peft_model_in_place(name, tmp_path):
     with model.disable_adapter(), reference.disable_adapter():
         assert_close(run(model, inputs), run(reference, inputs), 1e-6)
     assert_fused(lorafx.explain(model), groups, adapted_layers(reference), "lorafx.routed_lora")
-
-
-def test_adapted_experts_stay_with_peft_and_are_reported():
-    """PEFT's "all-linear" wraps Mixtral's expert weights, which are no layers: attention alone is fused."""
-    family = FAMILIES["mixtral"]
-    torch.manual_seed(1)
-    reference = get_peft_model(family.build(1), config(target_modules="all-linear", lora_dropout=0.0)).eval()
-    model = copy.deepcopy(reference)
-    lorafx.compile(model, options=EAGER_GRAPH)
-    inputs = family.inputs(2)
-    assert_close(run(model, inputs), run(reference, inputs))
-    report = lorafx.explain(model)
-    assert group_names(report)[K, Q, V] == 1
-    skipped = {item.name.rpartition(".mlp")[0]: item.reason for item in report.skipped}
-    assert all("not fused yet" in reason for reason in skipped.values())
-    assert {branch.name for group in report.groups for branch in group.branches} | {
-        item.name for item in report.skipped
-    } >= adapted_layers(reference)
 
 
 def test_whole_model_through_inductor(tmp_path):

@@ -1,4 +1,4 @@
-"""aLoRA and LoRA on MoE experts stay with PEFT: its results, one named reason, refused by name from a file."""
+"""LoRA on a router's weight stays with PEFT: its results, one named reason, refused by name from a file."""
 
 from __future__ import annotations
 
@@ -10,32 +10,16 @@ from peft import get_peft_model
 
 import lorafx
 
-from .models import EAGER_GRAPH, FAMILIES, LLAMA, assert_close, config, run, tokens
+from .models import EAGER_GRAPH, FAMILIES, assert_close, config, run, tokens
 from .other_layers import filled
 
-INVOCATION = [5, 6]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS = {
-    "aLoRA": (
-        LLAMA,
-        {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"},
-        "ALoraLinearVariant",
-    ),
-    "MoE experts": (
+    "router": (
         FAMILIES["mixtral"],
-        {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "lora_dropout": 0.0},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "lora_dropout": 0.0},
         "ParamWrapper",
     ),
 }
-
-
-def ids():
-    """The invocation begins at another place in each row, and is missing in the last."""
-    found = tokens(4)
-    found[found == INVOCATION[0]] = 7
-    for row, start in enumerate((1, 3, 4)):
-        found[row, start : start + 2] = torch.tensor(INVOCATION)
-    return found
 
 
 def make(kind):
@@ -50,7 +34,7 @@ def make(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_pefts(kind):
     model, reference = make(kind), make(kind)
-    inputs = {"input_ids": ids()}
+    inputs = {"input_ids": tokens(4)}
     base = run(KINDS[kind][0].build(), inputs)
     lorafx.compile(model, options=EAGER_GRAPH)
     skipped = lorafx.explain(model).skipped
@@ -62,16 +46,9 @@ def test_results_are_pefts(kind):
         want = run(reference, inputs)
         assert (want - base).norm() > 1e-3
         assert_close(run(model, inputs) - base, want - base)
-    arguments = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids())}
-    want = reference.generate(input_ids=ids(), **arguments)
-    assert torch.equal(model.generate(input_ids=ids(), **arguments), want)
-
-
-def test_alora_row_by_row():
-    model, reference = make("aLoRA"), make("aLoRA")
-    inputs, names = {"input_ids": ids()}, ["default", "__base__", "plain", "default"]
-    lorafx.compile(model, options=EAGER_GRAPH)
-    assert_close(run(model, inputs, names), run(reference, inputs, names))
+    arguments = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens(4))}
+    want = reference.generate(input_ids=tokens(4), **arguments)
+    assert torch.equal(model.generate(input_ids=tokens(4), **arguments), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,5 +57,5 @@ def test_files_are_refused_by_name(kind, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_peft_model(family.build(), config(**fields)).save_pretrained(str(tmp_path))
-    with pytest.raises(lorafx.AdapterFormatError, match=r"aLoRA|target_parameters"):
+    with pytest.raises(lorafx.AdapterFormatError, match="target_parameters"):
         lorafx.compile(family.build(), {"a": str(tmp_path)}, mode="eager")

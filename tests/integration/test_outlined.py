@@ -17,6 +17,7 @@ from transformers import StaticCache
 
 import lorafx
 from lorafx import outlined
+from lorafx.kernels.ops import resolve_lowering
 
 from .in_threads import repeating
 from .models import (
@@ -249,6 +250,21 @@ def test_settings_of_inductor(options, folders, parts):
     model = lorafx.compile(LLAMA.build(LAYERS), folders, options=options)
     run(model, LLAMA.inputs(1), ["a"])
     assert shared(model) == [0]
+    ours = "aten" if "cpp_wrapper" in options else resolve_lowering("auto", torch.zeros(1))
+    assert {group.lowering for group in lorafx.explain(model).groups} == {ours}
+
+
+def test_our_kernel_is_not_called_from_inductors_c(folders):
+    with pytest.raises(lorafx.LorafxError, match="leave out the lowering"):
+        lorafx.compile(LLAMA.build(LAYERS), folders, options={"cpp_wrapper": True, "lowering": "cpp"})
+
+
+@pytest.mark.slow
+def test_cpp_wrapper(folders, reference):
+    """Our C++ op crashed the process when it was called from there."""
+    model = lorafx.compile(LLAMA.build(LAYERS), folders, options={"cpp_wrapper": True})
+    inputs = LLAMA.inputs(4)
+    assert_close(run(model, inputs, NAMES), run(reference, inputs, NAMES))
 
 
 def test_gradients(folders, parts):
