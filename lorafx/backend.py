@@ -28,7 +28,7 @@ from lorafx.passes import PassContext, PassRecord, run_passes
 from lorafx.passes.attach_inputs import routed_inputs
 from lorafx.passes.checkpointed import draw_again
 from lorafx.probe_bank import ProbeBank
-from lorafx.recompiles import input_shapes
+from lorafx.recompiles import input_shapes, reason_now
 from lorafx.sites import refusal, rows_unknown, run_markers_now
 
 log = logging.getLogger("lorafx")
@@ -100,6 +100,7 @@ class GraphRecord:
     after: str  # and as fused
     shapes: Mapping[str, str] = field(default_factory=dict)  # it was traced for, by input
     outlined: int = 0  # layers that run what was compiled for another one
+    recompiled: str | None = None  # why, where its frame had a graph before
 
 
 recent: deque[GraphRecord] = deque(maxlen=64)  # of torch.compile(backend="lorafx"), which has no bank to ask
@@ -113,7 +114,7 @@ def compile_graph(
     keep: Callable[[GraphRecord], None] = recent.append,
 ) -> Callable[..., Any]:
     """What Dynamo calls a backend: ``gm`` rewritten and compiled, to be called as ``gm`` is."""
-    traced, shapes = gm.print_readable(print_output=False), input_shapes(gm, inputs)
+    traced, shapes, reason = gm.print_readable(print_output=False), input_shapes(gm, inputs), reason_now()
     rewritten, record = _rewrite(gm, inputs, options, bank)
     fused = rewritten.print_readable(print_output=False)
     graphs_log.debug("as traced:\n%s", traced)
@@ -143,6 +144,7 @@ def compile_graph(
             fused,
             shapes,
             repeats,
+            reason,
         )
     )
     log.info(

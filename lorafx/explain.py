@@ -95,6 +95,7 @@ class Report:
                     "folded": graph.passes.folded,
                     "proved": graph.passes.proved,
                     "outlined": graph.outlined,
+                    "recompiled": graph.recompiled,
                     "ops_before": dict(graph.passes.before),
                     "ops_after": dict(graph.passes.after),
                 }
@@ -152,6 +153,8 @@ class Report:
             lines.append(
                 f"{len(self.graphs)} graph(s), {self.recompiles} recompile(s), {len(self.retraces)} retrace(s)"
             )
+            reasons = dict.fromkeys(graph.recompiled.splitlines()[0] for graph in self.graphs if graph.recompiled)
+            lines += [f"recompiled: {reason}" for reason in reasons]
         if proved := sum(graph.passes.proved or 0 for graph in self.graphs):
             lines.append(f"{proved} LoRA branch(es) gave the same on probe inputs, in all graphs")
         if self.folded:

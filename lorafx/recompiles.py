@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 MANY = 12  # graphs of one frame; greedy, beams and a static cache together make 7
@@ -23,6 +24,14 @@ def input_shapes(gm: fx.GraphModule, inputs: Sequence[object]) -> dict[str, str]
 def _readable(name: str) -> str:
     """``l_kwargs_input_ids_``, as Dynamo calls it -> ``input_ids``"""
     return name.removeprefix("l_").removeprefix("kwargs_").strip("_")
+
+
+def reason_now() -> str | None:
+    """Inside a backend: which guard of the frame's earlier graphs did not hold, as Dynamo words it. None: it is the
+    first graph of its frame."""
+    contexts = getattr(torch._dynamo.utils, "get_metrics_context", None)
+    reason = getattr(contexts(), "_metrics", {}).get("recompile_reason") if contexts is not None else None
+    return str(reason).strip() if reason else None
 
 
 def advice(model: str, shapes: Sequence[Mapping[str, str]]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from lorafx import adapted, expert_layers, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
-from lorafx.bank import AdapterBank, warn_once
+from lorafx.bank import AdapterBank
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
 from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.following import Follower
 from lorafx.fused_hooks import FusedSites
 from lorafx.fused_layers import Fusions
 from lorafx.invocations import Prompt
+from lorafx.logs import warn_once
 from lorafx.peft_change import changing_peft
 from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
@@ -389,11 +391,32 @@ class Generate:
 
 
 def compiled_entry(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
-    """``call``, compiled, with recompiles counted apart from every other compiled function's."""
+    """``call``, compiled, with graphs and a limit of recompiles of its own, which no other model's share."""
     extra: dict[str, Any] = {}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-        extra = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
-    return torch.compile(call, backend=backend, dynamic=dynamic, **extra)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
+        extra = {"recompile_limit": RECOMPILE_LIMIT}
+    return torch.compile(with_own_code(call), backend=backend, dynamic=dynamic, **extra)
+
+
+def with_own_code(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method with a code object of its own, by which Dynamo keeps its graphs.
+
+    torch 2.13's ``isolate_recompiles`` would part them too, but which part is meant is one variable of the process
+    there: of two threads that call the same model, one may look for its graph where there is none, and compile again.
+    """
+    function = getattr(call, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return call
+    twin = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__, twin.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(twin).update(vars(function))  # among them what switches Dynamo off for it
+    return MethodType(twin, call.__self__)
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:

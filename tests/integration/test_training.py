@@ -103,6 +103,8 @@ def test_fused_without_dropout_and_again_for_inference():
     assert fused(model) == [(GROUPS, 0), (0, GROUPS)]
     report = lorafx.explain(model)
     assert report.recompiles == 1  # the second of them
+    assert [graph.recompiled is None for graph in report.graphs] == [True, False]
+    assert f"recompiled: {report.graphs[1].recompiled.splitlines()[0]}" in str(report)
     assert report.skipped == []
     before, after = report.graphs[0].passes.before, report.graphs[0].passes.after
     assert before["linear"] - after["linear"] == 2 * 7 * LAYERS
