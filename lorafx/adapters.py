@@ -86,7 +86,8 @@ def rank_of(site: SiteShape | SiteWeights) -> int:
 class AdapterOutline:
     """An adapter whose weights are still to be read: enough to say whether it fits, and to refuse it for nothing.
 
-    sites: by the path of the layer in the base model; read: the weights, packed (``AdapterWeights.packed``)
+    sites: by the path of the layer in the base model; read: the weights, packed (``AdapterWeights.packed``); layout:
+    of weights that are packed already
     """
 
     name: str
@@ -94,6 +95,7 @@ class AdapterOutline:
     read: Callable[[], AdapterWeights] = field(repr=False)
     saved: tuple[str, ...] = ()  # modules of the model that it has its own copies of
     invocation: tuple[int, ...] = ()  # aLoRA: the token ids at which it begins
+    layout: Layout | None = None
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -137,7 +139,6 @@ class AdapterWeights:
     def elements(self) -> int:
         return sum(t.numel() for site in self.sites.values() for t in site.all_tensors())
 
-    @torch.no_grad()
     def packed(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
         """The same numbers in one piece of memory, each B as rank rows: what the bank takes by plain copies.
 
@@ -145,6 +146,10 @@ class AdapterWeights:
         """
         if self.flat is not None and self.flat.dtype == dtype and self.flat.device == torch.device(device):
             return self
+        return self._packed(dtype, device)
+
+    @torch.no_grad()
+    def _packed(self, dtype: torch.dtype, device: torch.device | str) -> AdapterWeights:
         layout = layout_of(self.shapes)
         flat = torch.empty(layout.size, dtype=dtype, device=device)
         sites = {}

@@ -13,10 +13,11 @@ from torch import nn
 from lorafx import peft_layers
 from lorafx.adapter_store import AdapterStore
 from lorafx.backend import Options
-from lorafx.bank import AdapterBank, as_mapping, warn_once
+from lorafx.bank import AdapterBank
 from lorafx.errors import LorafxError, UnsupportedModelError
 from lorafx.fused_layers import Fusions
 from lorafx.kernels import cpp
+from lorafx.logs import warn_once
 from lorafx.module_snapshot import unchanged_on_error
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
@@ -25,6 +26,7 @@ from lorafx.reading import AdapterReader
 from lorafx.reserving import bank_dtype, make_store
 from lorafx.runtime import Runtime, runtime_of
 from lorafx.saved_modules import suitable_wrappers
+from lorafx.sources import as_mapping
 
 log = logging.getLogger("lorafx")
 
@@ -122,7 +124,7 @@ def compile(
         path, reason = next(iter(unfused.items()))
         warn_once(
             f"lorafx: {len(unfused)} layer(s) are left to PEFT, such as {path}: {reason}. lorafx.explain(model) lists"
-            " them; adapters that are plain LoRA on linear layers, embeddings and Conv2d are fused."
+            " them; LoRA on linear layers, embeddings, Conv2d and the weights of experts is fused."
         )
     return model
 

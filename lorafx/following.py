@@ -11,8 +11,8 @@ from torch import nn
 
 from lorafx import adapted, peft_layers
 from lorafx.adapters import AdapterWeights
-from lorafx.bank import warn_once
 from lorafx.errors import UnsupportedModelError
+from lorafx.logs import warn_once
 from lorafx.offloading import check_in_place
 from lorafx.peft_loading import PeftLoader
 from lorafx.peft_state import PeftState

@@ -1,4 +1,4 @@
-"""``LORAFX_LOGS``: what lorafx says on stderr of its work, for who has set up no logging.
+"""What lorafx says: warnings, once each; and with ``LORAFX_LOGS``, for who has set up no logging, its work on stderr.
 
     LORAFX_LOGS=info           what is read, packed and compiled, and how long that takes
     LORAFX_LOGS=graph          each graph as traced, and as rewritten
@@ -32,3 +32,10 @@ def switch_on(setting: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s", "%H:%M:%S"))
         logging.getLogger(NAME).addHandler(handler)
+
+
+def warn_once(message: str, seen: set[str] = set()) -> None:  # noqa: B006  (the memory of what was said)
+    """One warning, once, for what costs a user speed."""
+    if message not in seen:
+        seen.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from lorafx.adapted import has_dora, is_supported, needs_gradients, other_variants
 from lorafx.adapters import AdapterWeights
-from lorafx.bank import AdapterBank, warn_once
+from lorafx.bank import AdapterBank
 from lorafx.dora import unreadable
 from lorafx.experts import parted, site_name, why_not_wrapped
 from lorafx.invocations import Prompt
 from lorafx.layer_kinds import why_not
+from lorafx.logs import warn_once
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 from lorafx.quantised import features_of
 from lorafx.saved_modules import suitable_wrappers
@@ -220,8 +221,8 @@ class ForwardHooks:
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
             warn_once(
                 f"lorafx: adapter_names on a model with {len(runtime.unfused)} layer(s) that are left to PEFT:"
-                " such calls run as PEFT computes them, uncompiled. Adapters that are plain LoRA on linear layers,"
-                " embeddings and Conv2d are compiled."
+                " such calls run as PEFT computes them, uncompiled. LoRA on linear layers, embeddings, Conv2d and the"
+                " weights of experts is compiled."
             )
             with self._as_pefts(*args, **kwargs):
                 yield

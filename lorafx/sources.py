@@ -11,14 +11,34 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from lorafx.adapter_config import check_config, read_config
-from lorafx.errors import AdapterFormatError
+from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.folder_files import open_folder
 from lorafx.formats.base import Base
-from lorafx.formats.opening import find_file, open_converted
+from lorafx.formats.opening import SUFFIXES, find_file, open_converted
 from lorafx.inferred_config import infer_config
 from lorafx.tensor_files import TensorSet, open_state_dict
 
 Source = Any  # a path, a state dict, (state dict, config), AdapterWeights or AdapterOutline
+
+
+def as_mapping(adapters: Any) -> Mapping[str, Any]:
+    """``adapters`` of ``compile`` as name -> source; a path alone is named after its folder, a file without its end."""
+
+    def name_of(path: Any) -> str:
+        return Path(path).stem if Path(path).suffix in SUFFIXES else Path(path).name
+
+    if adapters is None:
+        return {}
+    if isinstance(adapters, Mapping) and not (adapters and all(isinstance(v, Tensor) for v in adapters.values())):
+        return adapters
+    if isinstance(adapters, (list, tuple)) and all(isinstance(item, (str, Path)) for item in adapters):
+        names = [name_of(item) for item in adapters]
+        if len(set(names)) < len(names):
+            raise AdapterMismatchError(f"two of these adapters have one name: {names}; pass a dict name -> path")
+        return dict(zip(names, adapters, strict=True))
+    if isinstance(adapters, (str, Path)):
+        return {name_of(adapters): adapters}
+    return {"default": adapters}
 
 
 def load_source(name: str, source: Source, base: Callable[[], Base] | None = None) -> tuple[LoraConfig, TensorSet]:

@@ -395,6 +395,12 @@ class PackedStore:
         magnitude = None if held is None else held.magnitude
         return SiteWeights(*self.views(slot, path), scale, magnitude, self.sites[self.index[path]].experts)
 
+    def adapter(self, slot: int, name: str) -> AdapterWeights:
+        """All that ``slot`` holds: views of this memory."""
+        scales = self.scale[slot].tolist()
+        sites = {path: self.weights(slot, path, scales[self.index[path]]) for path in self.taken[slot]}
+        return AdapterWeights(name, sites, invocation=self.invocations[slot])
+
     @property
     def factors(self) -> Tensor:
         """Of DoRA, flat: see ``Dora``."""

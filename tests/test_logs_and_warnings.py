@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import lorafx
-from lorafx import bank, progress
+from lorafx import logs, progress
 from lorafx.logs import switch_on
 from lorafx.recompiles import MANY, advice
 from tests.cli.conftest import CONFIG, save_adapter
@@ -45,7 +45,7 @@ def plain() -> LlamaForCausalLM:
 @pytest.fixture(autouse=True)
 def forget_what_was_said():
     """Each warning comes once in a process."""
-    bank.warn_once.__defaults__[0].clear()
+    logs.warn_once.__defaults__[0].clear()
     torch.compiler.reset()
 
 

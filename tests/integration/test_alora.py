@@ -230,8 +230,12 @@ def test_peft_model_takes_them_later(folders):
     inputs, base, peft = {"input_ids": ids()}, run(LLAMA.build(1), {"input_ids": ids()}), reference(folders)
     run(model, inputs)
     model.load_adapter(folders["late"], adapter_name="late")
-    model.lora.load("other", lorafx.compile(LLAMA.build(1), {}, mode="eager").lora.read(folders["other"]))
-    assert model.peft_config["other"].alora_invocation_tokens == SECOND
+    weights = lorafx.compile(LLAMA.build(1), {}, mode="eager").lora.read(folders["other"])
+    for again in (True, False):  # the second time they have been looked at before
+        model.lora.load("other", weights)
+        assert model.peft_config["other"].alora_invocation_tokens == SECOND
+        if again:
+            model.lora.unload("other")
     for names in MIXED:
         assert_rows(run(model, inputs, names), run(peft, inputs, names), base)
     twin = copy.deepcopy(model)

@@ -29,7 +29,7 @@ INPUTS = {"input_ids": tokens(2)}
 @pytest.fixture(scope="module")
 def made():
     maker = Maker(INPUTS, largest_rank=8, structures=6)
-    return [maker.make(i) for i in range(6)]
+    return [maker.make(i) for i in range(7)]  # the last is of the first one's structure
 
 
 def snapshot(model) -> dict:
@@ -60,10 +60,11 @@ EVERY = [13, pytest.param(1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("step", EVERY)
-@pytest.mark.parametrize("name", ["load", "replace", "unload", "use", "grow"])
+@pytest.mark.parametrize("name", ["load", "replace", "rewrite", "rescale", "unload", "use", "grow"])
 def test_every_line_of_a_change(name, step, made):
     reader = lorafx.compile(LLAMA.build(LAYERS), mode="eager").lora
     sources = [reader.read((one.state, one.config)) for one in made]  # what reading stops at changes nothing anyway
+    rescaled = reader.read((made[6].state, {**made[6].config.to_dict(), "lora_alpha": 3}))
     room = {} if name == "grow" else {"max_adapters": 3, "max_rank": 8, "target_modules": "all-linear"}
 
     def fresh():
@@ -83,6 +84,8 @@ def test_every_line_of_a_change(name, step, made):
             "load": lambda: model.lora.load("c", sources[2]),
             "grow": lambda: model.lora.load("c", sources[2]),
             "replace": lambda: model.lora.replace("a", sources[2]),
+            "rewrite": lambda: model.lora.replace("a", sources[6]),
+            "rescale": lambda: model.lora.replace("a", rescaled),
             "unload": lambda: model.lora.unload("b"),
             "use": lambda: model.lora.use(["b", None]),
         }[name]()
