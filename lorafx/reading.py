@@ -172,9 +172,8 @@ class AdapterReader:
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
         if isinstance(source, AdapterWeights) and self._finite.get(id(source)) is source:
-            return AdapterOutline(
-                name, source.shapes, lambda: _renamed(source, name), tuple(source.saved), source.invocation, source.layout
-            )
+            kept = tuple(source.saved), source.invocation, source.layout
+            return AdapterOutline(name, source.shapes, lambda: _renamed(source, name), *kept)
         outline = source if isinstance(source, AdapterOutline) else source.outline
         layout = source.layout if isinstance(source, AdapterWeights) else None
         if layout is None or outline.saved or layout not in self._fitting:
