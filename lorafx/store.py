@@ -223,6 +223,23 @@ class PackedStore:
             self.invocations[slot] = before
             raise
 
+    def rewrite(self, slot: int, adapter: AdapterWeights) -> bool:
+        """Put ``adapter`` there if nothing but its numbers differs from what ``slot`` holds, and say whether that is
+        so. One call writes them, and nothing comes before it or after it: an exception from outside finds all of it
+        done or none. Without gradients only."""
+        held = self._held[slot]
+        if held is None or held.layout is not adapter.layout or self.dora is not None:
+            return False
+        if adapter.flat.dtype != self.storage.dtype or adapter.flat.device != self.storage.device:
+            return False
+        if adapter.invocation != self.invocations[slot] or not self._same_scales(slot, adapter, held):
+            return False
+        copy_all(held.views, sources(adapter.flat, held.runs))
+        return True
+
+    def _same_scales(self, slot: int, adapter: AdapterWeights, held: Held) -> bool:
+        return bool((self._scale[slot].take(held.columns) == adapter.scales).all())
+
     def _put(self, slot: int, adapter: AdapterWeights) -> None:
         if self.holds(slot, adapter.layout):
             self._rewrite(slot, adapter, self._held[slot])
@@ -256,7 +273,7 @@ class PackedStore:
         """The same rows with other numbers. Saving the old ones first would double the cost: the one call that writes
         them is the last thing done, and nothing can stop it half-way."""
         numbers = sources(adapter.flat, held.runs)
-        if (self._scale[slot].take(held.columns) == adapter.scales).all():
+        if self._same_scales(slot, adapter, held):
             copy_all(held.views, numbers)
             return
         scale = self._scale[slot].copy()
