@@ -65,10 +65,9 @@ def make_store(
         experts = known[0].experts if known else 0
         sites.append(Site(path, *shape, experts))
         asked = path in reserved or (path in given and (max_adapters is not None or target_modules is not None))
-        rows = rank * max(experts, 1)
-        spare = max((slots - len(here)) * rows if asked else 0, sum(s.rank for s in coming.get(path, [])))
-        capacities[path] = sum(site.rank for site in here) + spare
-        biases[path] = sum(site.bias for site in known)
+        whole = slots * rank * max(experts, 1) if asked else 0  # any of them may be replaced by one of that rank
+        capacities[path] = max(whole, sum(site.rank for site in known))
+        biases[path] = slots if asked and any(site.bias for site in known) else sum(site.bias for site in known)
     sample = next((site for adapter in weights for site in adapter.sites.values()), None)
     parameter = next(root.parameters(), None)
     dtype = sample.a.dtype if sample is not None else bank_dtype(root)

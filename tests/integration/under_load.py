@@ -7,7 +7,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,19 @@ class History:
     forwards: int = 0
     refused: int = 0
     stop: bool = False
+    resting: bool = False
+    busy: list[threading.Lock] = field(default_factory=lambda: [threading.Lock() for _ in range(THREADS)])
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Every thread stands between two forwards. What lists all objects needs that: it would hold on to a tuple
+        that another thread is making, of which CPython makes an error there."""
+        self.resting = True
+        with ExitStack() as stack:
+            for lock in self.busy:
+                stack.enter_context(lock)
+            yield
+            self.resting = False
 
     def span(self, start: int) -> list[State]:
         """Every state that a forward which began after ``start`` changes, and has just ended, may have seen."""
@@ -69,31 +83,42 @@ class Judge:
 
 def work(model: nn.Module, history: History, judge: Judge, seed: int) -> None:
     """One thread: forwards with names of their own, or with what is in use."""
-    rng, rows = random.Random(seed), len(judge.base)
+    rng = random.Random(seed)
     while not history.stop and not history.wrong:
-        start = len(history.states) - 1
-        own = rng.random() < 0.7
-        loaded = list(history.states[-1].loaded)
-        one = rng.choice([*loaded, None])
-        names = rng.choice([[one] * rows, [rng.choice([*loaded, None]) for _ in range(rows)]]) if own else None
-        try:
-            got = judge.call(model, names)
-        except lorafx.AdapterMismatchError as error:
-            # the end of the change may not be on record yet: wait for it
-            while len(history.states) <= history.begun and not history.stop:
-                time.sleep(0)
-            if not own or not any(set(names) - {None} - s.loaded.keys() for s in history.span(start)):
-                history.wrong.append((error, names))
-            history.refused += 1
+        if history.resting:
+            time.sleep(1e-3)
             continue
-        except BaseException as error:
-            history.wrong.append(error)
-            return
-        while len(history.states) <= history.begun and not history.stop:
-            time.sleep(0)
-        if not any(judge.matches(got, names if own else list(s.in_use), s) for s in history.span(start)):
-            history.wrong.append(("no moment of this forward gives its output", names, history.span(start)))
-        history.forwards += 1
+        with history.busy[seed]:
+            try:
+                forward(model, history, judge, rng)
+            except BaseException as error:
+                history.wrong.append(error)
+
+
+def forward(model: nn.Module, history: History, judge: Judge, rng: random.Random) -> None:
+    start, rows = len(history.states) - 1, len(judge.base)
+    own = rng.random() < 0.7
+    loaded = list(history.states[-1].loaded)
+    one = rng.choice([*loaded, None])
+    names = rng.choice([[one] * rows, [rng.choice([*loaded, None]) for _ in range(rows)]]) if own else None
+    try:
+        got = judge.call(model, names)
+    except lorafx.AdapterMismatchError as error:
+        wait_for_record(history)
+        if not own or not any(set(names) - {None} - s.loaded.keys() for s in history.span(start)):
+            history.wrong.append((error, names))
+        history.refused += 1
+        return
+    wait_for_record(history)
+    if not any(judge.matches(got, names if own else list(s.in_use), s) for s in history.span(start)):
+        history.wrong.append(("no moment of this forward gives its output", names, history.span(start)))
+    history.forwards += 1
+
+
+def wait_for_record(history: History) -> None:
+    """The end of a change may not be on record yet."""
+    while len(history.states) <= history.begun and not history.stop:
+        time.sleep(0)
 
 
 def change(model: nn.Module, history: History, sources: Sequence[Any], bad: Any, rng: random.Random) -> None:
@@ -153,7 +178,8 @@ def under_load(model: nn.Module, sources: Sequence[Any], judge: Judge, changes: 
             change(model, history, sources, bad, rng)
             time.sleep(rng.choice([0, 0, 0.005, 0.02]))  # or changes, which go before new forwards, leave none a chance
             if history.begun == changes // 10:
-                settled = tensor_bytes(), process.memory_info().rss
+                with history.rest():
+                    settled = tensor_bytes(), process.memory_info().rss
     finally:
         history.stop = True
         for thread in threads:
