@@ -50,6 +50,12 @@ EQUIVALENT = {
     "rank = tl.where(sibling <= SIBLINGS, pick(sibling, RANKS, tl.int32), 0)": (
         "past the last sibling a lane has the first one's pointer, lanes and rank: the same numbers are stored twice"
     ),
+    "if ALIGNED and TOGETHER > 1 and SIBLINGS >= 1:": (
+        "a promise to the compiler, as true of one pointer as of several"
+    ),
+    "mine = mine": (
+        "what is summed besides are lanes of this adapter for tokens of other ones, which read no lanes but theirs"
+    ),
     "if BLOCK_M == 2:": (
         "the other branch takes a tile of one token too, where tl.dot does: in the interpreter, on no GPU"
     ),
