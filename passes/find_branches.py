@@ -86,6 +86,7 @@ def _match(
         is_look_alike = low_rank and a.bias is None and is_sum and not walk.is_vector
         return Skipped(layer_name(gm, a.node), NO_BASE) if is_look_alike else None
     plain = _base(gm, y, chain[-1], matched, exactly=True) is not None
+    chain = _written_since(gm, timeline, out, base, chain)
     candidate = Candidate(out, y, chain, a, b, walk, after_b, dropping, base, plain)
     if reason := refusal(gm, timeline, candidate):
         return Skipped(layer_name(gm, base), reason)
@@ -134,6 +135,17 @@ def _base(
 
 def _below(gm: fx.GraphModule, node: fx.Node) -> Linear | None:
     return as_linear(gm, passed_on(gm, node, views=True)[0][-1])
+
+
+def _written_since(
+    gm: fx.GraphModule, timeline: Timeline, out: fx.Node, base: fx.Node, chain: list[fx.Node]
+) -> list[fx.Node]:
+    """``chain`` up to what the base layer reads, if that was written to since it was made of something else: then it is
+    no cast of that any more, but what base and branch share as it stands."""
+    linear = as_linear(gm, base)
+    if linear is None or linear.x not in chain[:-1] or timeline.is_unwritten(linear.x, out, chain):
+        return chain
+    return chain[: chain.index(linear.x) + 1]
 
 
 def _parting(

@@ -39,6 +39,11 @@ class Timeline:
         start, stop = self.order[first], self.order[last]
         if any(start < self.order[node] < stop for node in self._switches):
             return False
+        return self.is_unwritten(first, last, read)
+
+    def is_unwritten(self, first: fx.Node, last: fx.Node, read: Iterable[fx.Node]) -> bool:
+        """Nothing strictly between the two nodes writes to what ``read`` holds."""
+        start, stop = self.order[first], self.order[last]
         writers = [node for node in self._writers if start < self.order[node] < stop]
         memory = set().union(*map(memory_of, read)) if writers else set()
         return not any(memory & memory_of(target) for node in writers for target in written_by(node))
