@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -93,6 +93,7 @@ class AdapterStore:
         # What is on the device, and in use, is the bank's to say. Here: what this store has brought, oldest use first,
         # and what each call under way has named, which is forgotten with the call, however it ends.
         self._brought: OrderedDict[str, None] = OrderedDict()
+        self._refreshed: Counter[str] = Counter()  # how often
         self._pinned: WeakKeyDictionary[Call, list[str]] = WeakKeyDictionary()
         self._worker: ThreadPoolExecutor | None = None
 
@@ -209,11 +210,15 @@ class AdapterStore:
 
     def refresh(self, name: str) -> None:
         """Read ``name`` anew from its source, whose files or entry have changed."""
-        self._host.forget(name)
         bank = self._attached()
+        self._host.forget(name)
         with self._changed:
-            if name in self.resident:
-                bank.replace(name, self._host.get(name))
+            self._refreshed[name] += 1  # what calls under way have read before is not brought in any more
+            mine, resident = self._refreshed[name], name in self.resident
+        weights = self._host.get(name) if resident else None  # outside the lock: it may take long
+        with self._changed:
+            if weights is not None and name in self.resident and mine == self._refreshed[name]:
+                bank.replace(name, weights)
 
     @contextmanager
     def holding(self, names: Collection[str]) -> Iterator[None]:
@@ -243,15 +248,17 @@ class AdapterStore:
         with self._changed:
             mine = [name for name in names if name in self._brought or name not in bank]  # others are the user's own
         weights: dict[str, AdapterWeights] = {}
+        read: dict[str, int] = {}
         first = True
         while True:
             for name in mine:
-                if name not in bank and name not in weights:
+                if name not in bank and read.get(name) != self._refreshed[name]:
+                    read[name] = self._refreshed[name]
                     weights[name] = self._from_host(name)  # outside the lock: it may take long
             with self._changed:
                 missing = [name for name in mine if name not in bank]
-                if any(name not in weights for name in missing):
-                    continue  # another thread has put it out meanwhile
+                if any(read.get(name) != self._refreshed[name] for name in missing):
+                    continue  # another thread has put it out meanwhile, or refreshed it
                 if first:
                     self.stats.hits += len(mine) - len(missing)
                     self.stats.misses += len(missing)

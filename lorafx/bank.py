@@ -366,21 +366,19 @@ class AdapterBank(Choosing):
     def table(self) -> list[dict[str, Any]]:
         """One dict for each adapter: name, rank (all of them, where layers differ), targets, layers, bytes, in use."""
         self._catch_up()
-        item = self.store.storage.element_size()
-        rows = []
-        for name in self._slots:
-            weights = self.weights_of(name)
-            rows.append(
-                {
-                    "name": name,
-                    "rank": ", ".join(map(str, weights.ranks)),
-                    "targets": ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in weights.sites)),
-                    "layers": len(weights.sites),
-                    "bytes": weights.elements() * item,
-                    "in use": "yes" if name in names_in(self.in_use) else "",
-                }
-            )
-        return rows
+        with self.reading():
+            return [self._row(name) for name in self._slots]
+
+    def _row(self, name: str) -> dict[str, Any]:
+        weights = self.weights_of(name)
+        return {
+            "name": name,
+            "rank": ", ".join(map(str, weights.ranks)),
+            "targets": ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in weights.sites)),
+            "layers": len(weights.sites),
+            "bytes": weights.elements() * self.store.storage.element_size(),
+            "in use": "yes" if name in names_in(self.in_use) else "",
+        }
 
     def __repr__(self) -> str:
         from lorafx.tables import format_table

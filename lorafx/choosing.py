@@ -104,8 +104,12 @@ class Choosing:
         state = self._call.get()
         if state is not None and state.pinned is not None:
             return state.pinned.in_use
+        return self._pinned_now()[1]
+
+    def _pinned_now(self) -> tuple[Selection | None, Selection]:
+        """``chosen`` and ``in_use``, of one moment: another thread may say ``use`` at any."""
         chosen = self.chosen
-        return chosen if chosen is not None else self._fallback
+        return chosen, chosen if chosen is not None else self._fallback
 
     @property
     def chosen(self) -> Selection | None:
@@ -135,10 +139,12 @@ class Choosing:
         for name in self._late_in(selection):
             if any(len(row) > 1 for row in selection if name in dict(row)):
                 return f"{name} is aLoRA, which begins at a place of its own, and those beside it do not"
-        if self.store.dora is None:
+        slots, dora_of = self._slots, self.store.dora
+        if dora_of is None:
             return None
         for row in selection:
-            dora = [name for name, _ in row if name in self._slots and self.store.dora.held[self._slots[name]]]
+            named = [(name, slots[name]) for name, _ in row if name in slots]
+            dora = [name for name, slot in named if slot < len(dora_of.held) and dora_of.held[slot]]
             if dora and len(row) > 1:
                 return f"{dora[0]} has DoRA, which scales what the adapters beside it give"
             if dora and row[0][1] != 1.0:
@@ -195,8 +201,8 @@ class Choosing:
         with self._lock.reading():
             state = self._call.get() or CallState(None, None)
             if state.pinned is None:
-                in_use = self.in_use
-                pinned = Pinned(self.chosen, in_use, self._routing_now(in_use))
+                chosen, in_use = self._pinned_now()
+                pinned = Pinned(chosen, in_use, self._routing_now(chosen, in_use))
                 state = CallState(state.selection, state.batch, pinned, state.prompt)
             token = self._call.set(state)
             try:
@@ -210,7 +216,7 @@ class Choosing:
         if state is not None and state.pinned is not None:
             return state.pinned.routing
         with self._lock.reading():
-            return self._routing_now(self.in_use)
+            return self._routing_now(*self._pinned_now())
 
     @property
     def needs_prompt(self) -> bool:
@@ -227,17 +233,21 @@ class Choosing:
         """The aLoRA adapters among those named, with their invocation tokens."""
         if not self.store.late:
             return {}
-        named = [(name, self._slots[name]) for name in names_in(selection) if name in self._slots]
-        return {name: self.store.invocations[slot] for name, slot in named if self.store.invocations[slot]}
+        slots, invocations = (
+            self._slots,
+            self.store.invocations,
+        )  # as they are now: names may be asked for at any moment
+        named = [(name, slots[name]) for name in names_in(selection) if name in slots]
+        return {name: invocations[slot] for name, slot in named if slot < len(invocations) and invocations[slot]}
 
-    def _routing_now(self, selection: Selection) -> Routing:
+    def _routing_now(self, chosen: Selection | None, selection: Selection) -> Routing:
         """Of the call that is under way: with aLoRA adapters that depends on its prompt."""
         late = self._late_in(selection)
         if not late:
             return self._routing_of(selection)
         state = self._call.get() or CallState(None, None)
         prompt = state.prompt or Prompt()
-        if prompt.offsets is None and self.chosen is None:  # PEFT's switches decide, and PEFT has given no offsets
+        if prompt.offsets is None and chosen is None:  # PEFT's switches decide, and PEFT has given no offsets
             prompt = Prompt(offsets=())
         elif prompt.offsets is None and prompt.ids is None:
             warn_once(

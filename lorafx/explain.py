@@ -258,11 +258,10 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
     report.retraces = list(runtime.retraces)
     report.bank = repr(runtime.bank)  # which catches up with the model
     report.uncompiled = runtime.follower.uncompiled or ""
-    store = runtime.bank.store
-    report.ranks, report.memory = (
-        ranks_in_bank(store),
-        memory_of(runtime.bank, report.groups if report.source == "graphs" else None),
-    )
+    with runtime.bank.reading():
+        store = runtime.bank.store
+        report.ranks = ranks_in_bank(store)
+        report.memory = memory_of(runtime.bank, report.groups if report.source == "graphs" else None)
     report.work = work_of(report.groups, report._ranks, tokens, store.storage.element_size(), report.folded > 0, gpu)
     return report
 

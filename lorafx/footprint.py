@@ -152,6 +152,6 @@ def memory_of(bank: AdapterBank, groups: Sequence[FusedGroup] | None) -> Memory:
             own = [(held[b.name].rank, shapes[b.name].out_features) for b in group.branches if b.name in held]
             rank, width = sum(r for r, _ in own), sum(n for _, n in own)
             zeros += rank * width - sum(r * n for r, n in own)
-    tables = store.nbytes - bank.reserved - weights * item
+    tables = store.nbytes - store.reserved - weights * item
     padded = None if groups is None else (weights + zeros) * item
-    return Memory(len(bank.names), weights * item, tables, bank.reserved, store.nbytes, padded)
+    return Memory(len(bank), weights * item, tables, store.reserved, store.nbytes, padded)

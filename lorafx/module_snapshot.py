@@ -36,7 +36,14 @@ class Snapshot:
 
 
 def refill(container: Any, content: Any) -> None:
-    """Make a dict, list or set hold what ``content`` holds."""
+    """Make a dict, list or set hold what ``content`` holds. A dict is never empty meanwhile, unless its order is to
+    change: other threads look modules up in it."""
+    if isinstance(container, dict):
+        for key in [key for key in container if key not in content]:
+            del container[key]
+        container.update(content)
+        if list(container) == list(content):
+            return
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 

@@ -29,6 +29,7 @@ from lorafx.logs import warn_once
 from lorafx.peft_arguments import Names, Offsets
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 from lorafx.quantised import features_of
+from lorafx.recomputing import recomputed_layer
 from lorafx.saved_modules import suitable_wrappers
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -253,9 +254,12 @@ class ForwardHooks:
             yield
 
     def _is_pefts_to_do(self, names: Any) -> bool:
-        """aLoRA that the fused ops can't compute: beside other adapters, or where its weights need gradients."""
+        """aLoRA that the fused ops can't compute: beside other adapters, where its weights need gradients, or where
+        eager layers are computed again in the backward, in which PEFT sets its hooks anew."""
         runtime = self.runtime
         runtime.follower.follow(())
         if names is None and runtime.bank.chosen is not None:
             return False
+        if names is None and runtime.eager and torch.is_grad_enabled() and recomputed_layer(runtime.root) is not None:
+            return True
         return (names is None and not runtime.follower.agrees()) or any(map(needs_gradients, runtime.peft.values()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import delete_adapter
 from torch import nn
 
 from lorafx.adapters import AdapterWeights
@@ -46,7 +47,7 @@ class PeftLoader:
         with self._changing(name):
             self.bank._admit(weights.outline, self.bank._slot(name))
             active = list(self.model.active_adapters)
-            self.model.delete_adapter(name)
+            self._take_off(name)
             self._add(name, config, weights)
             self.model.base_model.set_adapter(active, inference_mode=True)
 
@@ -64,6 +65,19 @@ class PeftLoader:
             config, outline = self.reader.open_with_config(name, source)
             return config, outline.read()
 
+    def _take_off(self, name: str) -> None:
+        """PEFT's ``delete_adapter``, but the config stays until another takes its place: PEFT's own forward looks the
+        active adapter's up before it comes to where calls wait for a change."""
+        tuner = self.model.base_model
+        if merged := [
+            path for path, layer in tuner.model.named_modules() if name in getattr(layer, "merged_adapters", ())
+        ]:
+            raise UnsupportedModelError(
+                f"adapter {name!r} is merged into {len(merged)} base weight(s), such as that of {merged[0]};"
+                " unmerge_adapter() before replacing it"
+            )
+        delete_adapter(tuner.model, name, prefix=tuner.prefix, layer_cls=tuner.tuner_layer_cls)
+
     def _add(self, name: str, config: Any, weights: AdapterWeights) -> None:
         config = copy.deepcopy(config)
         config.inference_mode, config.init_lora_weights = True, False
@@ -71,7 +85,9 @@ class PeftLoader:
             config.target_parameters = named_as(name, config.target_parameters, self.model.peft_config.values())
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            self.model.add_adapter(name, config)
+            self.model.peft_config[name] = config  # what PEFT's add_adapter does, which wants a new name
+            self.model.base_model.inject_adapter(self.model.base_model.model, name)
+            self.model.base_model._cast_adapter_dtype(name)
             for path, site in weights.sites.items():
                 layer = layer_at(self.root, path)
                 layer.train(layer.base_layer.training)  # PEFT makes its modules in training mode

@@ -294,8 +294,9 @@ class Runtime:
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
         if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
-            if torch.is_grad_enabled() and self.bank.chosen_by_call:
-                check_not_recomputed(self.root)
+            late = self.bank.late_in_use and not self._forced_eager  # else PEFT's own hooks say where they begin
+            if torch.is_grad_enabled() and (late or self.bank.chosen_by_call):
+                check_not_recomputed(self.root, late)
             return self.root._call_impl
         if torch.is_grad_enabled() and self.bank.chosen_by_call and any(s.experts for s in self.bank.store.sites):
             check_not_recomputed(self.root)  # a graph hands their routing to no second forward

@@ -14,6 +14,7 @@ from lorafx.kernels.layer_ops import rows_shape, set_layer_site_forward
 from lorafx.kernels.ops import set_site_forward
 from lorafx.kernels.row_factors import set_magnitude_forward
 from lorafx.layer_kinds import describe, mark
+from lorafx.passes.checkpointed import bodies_of
 from lorafx.passes.graph_reading import example
 
 
@@ -199,16 +200,20 @@ MARKERS = {
 
 
 def run_markers_now(gm: fx.GraphModule) -> int:
-    """Have the markers that the passes left in ``gm``, and that need gradients, computed as a layer outside a graph is:
-    autograd then keeps the routing of the call, which a marker's own backward would look for once the call is over.
-    Returns how many there were; ``gm`` has to be run as it is then.
+    """Have the markers that the passes left in ``gm`` and in its checkpointed bodies, and that need gradients, computed
+    as a layer outside a graph is: autograd then keeps the routing of the call, which a marker's own backward would look
+    for once the call is over. Returns how many there were; ``gm`` has to be run as it is then.
     """
     done = 0
-    for node in gm.graph.nodes:
-        wanted = (getattr(example(arg), "requires_grad", False) for arg in node.args[:2])
-        if node.target in MARKERS and torch.is_grad_enabled() and any(wanted):
+    for one in (gm, *bodies_of(gm).values()) if torch.is_grad_enabled() else ():
+        markers = [node for node in one.graph.nodes if node.target in MARKERS and _wants_gradients(node)]
+        for node in markers:
             node.target = MARKERS[node.target]
-            done += 1
-    if done:
-        gm.recompile()
+        if markers:
+            one.recompile()
+        done += len(markers)
     return done
+
+
+def _wants_gradients(marker: fx.Node) -> bool:
+    return any(getattr(example(arg), "requires_grad", False) for arg in marker.args[:2])

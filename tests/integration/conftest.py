@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorafx.logs import warn_once
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -18,3 +20,9 @@ def _one_thread():
 def _forget_graphs():
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _each_warning_anew():
+    """A warning comes once in a process, and tests share one."""
+    warn_once.__defaults__[0].clear()

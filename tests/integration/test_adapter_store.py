@@ -244,6 +244,26 @@ def test_refresh_takes_new_files(few, base, tmp_path):
     assert_close(run(model, INPUTS, ["x"] * 4), expected(["a2"] * 4, made, base))
 
 
+def test_refresh_while_the_old_files_are_on_their_way_in(few, base, tmp_path, monkeypatch):
+    """What a call had read before the refresh is not what it puts on the device."""
+    folder, made = few
+    shutil.copytree(folder / "a1", tmp_path / "x")
+    model = compiled(store := lorafx.AdapterStore(tmp_path), room=1, max_rank=8, target_modules="all-linear")
+    read = store._from_host
+
+    def read_then_changed(name):
+        weights = read(name)
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "x")
+        shutil.copytree(folder / "a2", tmp_path / "x")
+        store.refresh("x")
+        return weights
+
+    monkeypatch.setattr(store, "_from_host", read_then_changed)
+    for _ in range(2):
+        assert_close(run(model, INPUTS, ["x"] * 4), expected(["a2"] * 4, made, base))
+
+
 def test_threads_that_need_each_others_room(few, base):
     """Four threads name three adapters each, there is room for five: they wait for one another, and none for ever."""
     folder, made = few

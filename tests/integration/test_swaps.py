@@ -6,11 +6,15 @@ A few hundred changes in CI; ten thousand with ``pytest -m slow tests/integratio
 
 from __future__ import annotations
 
+import sys
+import time
+
 import pytest
 
 import lorafx
+from tests.integration.in_threads import repeating
 from tests.integration.many_adapters import LAYERS, Maker
-from tests.integration.models import EAGER_GRAPH, LLAMA, run, tokens, with_peft
+from tests.integration.models import EAGER_GRAPH, LLAMA, difference, run, tokens, with_peft
 from tests.integration.under_load import ROOM, Judge, under_load
 
 INPUTS = {"input_ids": tokens(4)}
@@ -69,3 +73,32 @@ def test_changes_of_a_peft_model_under_load(changes, judge, tmp_path):
     first = judge.contents[0]
     bad = ({key: value * float("nan") for key, value in first.state.items()}, first.config)
     under_load(model, sources, Judge(judge.contents[:12], judge.base, call), changes, bad)
+
+
+def test_the_active_adapter_of_a_peft_model_is_replaced_under_load(maker, tmp_path):
+    """PEFT's forward looks its config up before it comes to where calls wait for changes."""
+    contents = [maker.make(i) for i in range(3)]
+    for i, one in enumerate(contents):
+        one.save(tmp_path / str(i))
+    peft_model = with_peft(LLAMA.build(LAYERS), {"a": str(tmp_path / "0")})
+    room = {"max_adapters": 2, "max_rank": 64, "target_modules": "all-linear"}
+    model = lorafx.compile(peft_model, options=EAGER_GRAPH, **room)
+    call(model)
+    calls, interval = [], sys.getswitchinterval()
+
+    def one_of_them():
+        got = call(model)
+        assert any(difference(got, one.expected) <= 1e-5 for one in contents)
+        calls.append(got)
+
+    sys.setswitchinterval(1e-4)
+    try:
+        with repeating(one_of_them, 4):
+            for i in range(40):
+                model.lora.replace("a", str(tmp_path / str(i % 3)))
+                time.sleep(0.005)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(calls) > 40
+    report = lorafx.explain(model)
+    assert (len(report.graphs), report.retraces) == (1, [])

@@ -285,6 +285,55 @@ def test_names_of_a_call_and_gradient_checkpointing(tmp_path):
         eager(input_ids=IDS, adapter_names=names)
 
 
+LATE = {**SMALL, "alora_invocation_tokens": [int(IDS[0, 2])]}
+
+
+def test_alora_and_gradient_checkpointing(tmp_path):
+    """A layer that runs eagerly is computed again when the prompt of the call is gone: refused; PEFT's own on a
+    PeftModel, which sets its hooks anew; compiled, the graph has the routing still."""
+    reference = plain_peft(**LATE)
+    reference.save_pretrained(tmp_path)
+
+    def gradients(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" not in name)
+        model.train().config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _, found = backward(model)
+        return {name.removeprefix("base_model.model.").replace(".base_layer", ""): g for name, g in found.items()}
+
+    want = gradients(reference)
+    adapted = lorafx.compile(copy.deepcopy(reference), mode="eager")
+    plain = lorafx.compile(LLAMA.build(LAYERS), {"late": tmp_path}, options=EAGER_GRAPH)
+    plain.lora.use("late")
+    without = gradients(LLAMA.build(LAYERS))
+    for got in (gradients(adapted), gradients(plain)):
+        assert got.keys() == want.keys()
+        assert all(difference(got[name], want[name]) <= 2e-5 for name in want)
+    assert max(difference(without[name], want[name]) for name in want) > 1e-2  # the adapter makes a difference
+    eager = lorafx.compile(LLAMA.build(LAYERS), {"late": tmp_path}, mode="eager")
+    eager.lora.use("late")
+    with pytest.raises(lorafx.UnsupportedModelError, match="where its aLoRA adapter begins"):
+        gradients(eager)
+
+
+def test_copied_modules_in_checkpointed_layers_through_inductor(tmp_path):
+    """What such a module's marker does is computed as outside a graph, and Inductor can't trace that."""
+    reference = plain_peft(**{**SMALL, "modules_to_save": ["up_proj"]})
+    reference.save_pretrained(tmp_path)
+    model = lorafx.compile(LLAMA.build(LAYERS), {"a": tmp_path}).train()
+    model.lora.use("a")
+    found = []
+    for each in (reference, model):
+        each.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+        each.config.use_cache = False
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+        loss, gradients = backward(each)
+        found.append((loss, *gradients.values()))
+    for want, got in zip(*found, strict=True):
+        assert difference(got, want) <= 2e-5
+
+
 class Broken(nn.Module):
     """Dynamo compiles what each layer's hook does as a frame of its own, with the layer's number as a symbol."""
 
