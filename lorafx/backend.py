@@ -178,7 +178,11 @@ def _rewrite(
 
 
 def _with_extras(
-    compiled: Callable[..., Any], bank: AdapterBank, of_call: int, held: list[Tensor], mixed_refusal: str | None
+    compiled: Callable[..., Any],
+    bank: AdapterBank,
+    of_call: int,
+    held: list[Tensor],
+    mixed_refusal: tuple[str, str] | None,
 ) -> Callable[..., Any]:
     """Append the first ``of_call`` tensors of each call's routing, and ``held``: tensors of the bank, at one address
     as long as its key stays."""
@@ -189,7 +193,7 @@ def _with_extras(
             raise LorafxError("a graph was called whose bank has been packed anew since; call the model itself")
         routing = bank.routing()
         if mixed_refusal is not None and len(routing.rows) > 1:
-            raise UnsupportedModelError(mixed_refusal)
+            raise UnsupportedModelError(refusal(*mixed_refusal, bank.late_in_use))
         return compiled(*args, *routing.tensors[:of_call], *held)
 
     return call
@@ -202,13 +206,14 @@ def _static_fakes(tensors: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tens
     return list(tensors) if mode is None else [mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
-def _mixed_refusal(record: PassRecord, bank: AdapterBank) -> str | None:
-    """Why this graph can't serve different adapters row by row, judged by the batch that it was traced with."""
+def _mixed_refusal(record: PassRecord, bank: AdapterBank) -> tuple[str, str] | None:
+    """Where, and why, this graph can't serve different adapters row by row, judged by the batch that it was traced
+    with."""
     if bank.batch is None:
         return None
     for site, shape in record.shapes.items():
         if reason := rows_unknown(shape, bank.batch, bank.batch):
-            return refusal(site, reason)
+            return site, reason
     return None
 
 

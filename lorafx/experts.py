@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lorafx.errors import AdapterMismatchError
+from lorafx.errors import AdapterFormatError, AdapterMismatchError
 
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")  # of transformers' use_experts_implementation
+ORDER = ("gate_up_proj", "up_proj", "down_proj")  # as transformers registers them; PEFT wraps the first one first
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,6 +89,18 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
     return None
 
 
+def check_named(name: str, root: nn.Module, config: LoraConfig) -> None:
+    """AdapterFormatError: this config targets experts as a layer, as one that is made up for a state dict alone does"""
+    experts = [path for path, module in root.named_modules() if all(flag in vars(module) for flag in FLAGS)]
+    for path in experts if config.target_modules else []:
+        if check_target_module_exists(config, path):
+            raise AdapterFormatError(
+                f"adapter {name!r} is for {path}, the experts of a layer: which of their weights it adapts stands in"
+                " its config alone. Expected them in target_parameters of that: pass the pair (state_dict, config), or"
+                " a PEFT folder."
+            )
+
+
 def named_as(name: str, parameters: Iterable[str], others: Iterable[LoraConfig]) -> list[str]:
     """``target_parameters`` of adapter ``name`` as the other adapters on the model call the same weights: PEFT compares
     the names.
@@ -125,6 +139,7 @@ def parted(layers: Mapping[str, nn.Module]) -> list[str]:
 
 
 __all__ = [
+    "check_named",
     "forward_of_ours",
     "layer_at",
     "module_of",

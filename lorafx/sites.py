@@ -150,7 +150,7 @@ def check_rows(bank: AdapterBank, site: int, shape: tuple[int, ...], rows: int) 
     """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of an input of this shape is not
     known to be rows"""
     if rows > 1 and (reason := rows_unknown(shape, rows, bank.batch)):
-        raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason))
+        raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason, bank.late_in_use))
 
 
 def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | None:
@@ -167,7 +167,13 @@ def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | 
     return None
 
 
-def refusal(site: str, reason: str) -> str:
+def refusal(site: str, reason: str, late: bool = False) -> str:
+    """late: an aLoRA adapter is in use, with which rows differ even where all name the same"""
+    if late:
+        return (
+            f"{site} can't take an aLoRA adapter, which begins at a place of its own in each row: {reason}. Use an"
+            " adapter without alora_invocation_tokens."
+        )
     return (
         f"{site} can't take different adapters for different rows: {reason}. Use one adapter for the whole batch"
         " (model.lora.use(name)), or a batch of one row at a time."

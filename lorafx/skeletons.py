@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorafx.adapted import is_supported, other_variants
 from lorafx.adapters import Magnitude, SiteWeights
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
-from lorafx.experts import forward_of_ours, site_name, why_not_wrapped
+from lorafx.experts import check_named, forward_of_ours, site_name, why_not_wrapped
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
 from lorafx.quantised import is_quantised, stand_in
@@ -93,6 +93,7 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
 
     AdapterFormatError: it adapts layers that lorafx does not run. AdapterMismatchError: does not fit the model.
     """
+    check_named(name, bare, config)
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.init_lora_weights = False  # what would be drawn here is overwritten by the file
@@ -174,8 +175,8 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
             if not is_supported(module) or other_variants(module):
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
-                    " on linear layers, embeddings and Conv2d. Load it with PEFT and pass the PeftModel: that layer"
-                    " then stays as PEFT has it."
+                    " on linear layers, embeddings, Conv2d and the weights of experts. Load it with PEFT and pass the"
+                    " PeftModel: that layer then stays as PEFT has it."
                 )
             if reason := why_not_wrapped(module) or why_not(module.get_base_layer()):
                 raise AdapterFormatError(

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lorafx.adapter_config import check_config, read_fields, unsupported
+from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError
+from lorafx.experts import ORDER
 from lorafx.folder_files import open_folder
 from lorafx.sources import load_source
 from lorafx.tensor_files import TensorSet
@@ -30,24 +33,35 @@ PARTS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
 }
-BASE = ".base_layer.weight"  # PEFT saves that of an adapted embedding or output head too
+WRAPPED = ".base_layer"
+BASE = f"{WRAPPED}.weight"  # PEFT saves that of an adapted embedding or output head too
 
 
 @dataclass
 class Layer:
-    """One adapted layer: what the config says of it, and its tensors by part ("A", "B", "bias")."""
+    """One adapted layer: what the config says of it, and its tensors by part ("A", "B", "bias").
+
+    path: of the layer, or of a parameter (``target_parameters``), which all experts may share: each of them has as many
+    rank rows as the rank is
+    """
 
     path: str
     expected_rank: int
     alpha: float
     scale: float
     shapes: dict[str, tuple[int, ...]]
+    is_parameter: bool = False
     keys: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
 
     @property
     def rank(self) -> int:
+        shared = self.is_parameter and self.rows % self.expected_rank == 0
+        return self.expected_rank if shared else self.rows
+
+    @property
+    def rows(self) -> int:
         return self.shapes["A"][0] if "A" in self.shapes else self.shapes["B"][1]
 
     @property
@@ -81,7 +95,7 @@ class Contents:
             "tensors": self.tensors,
             "bytes": sum(layer.bytes for layer in self.layers.values()),
             "layers": [
-                {"path": layer.path, "rank": layer.rank, "alpha": layer.alpha, "scale": layer.scale}
+                {"path": layer.path, "rank": layer.rank, "rows": layer.rows, "alpha": layer.alpha, "scale": layer.scale}
                 | {"shapes": {part: list(shape) for part, shape in layer.shapes.items()}}
                 | {"dtypes": layer.dtypes, "bytes": layer.bytes}
                 for layer in self.layers.values()
@@ -123,7 +137,10 @@ def read_contents(path: Path) -> Contents:
         tensors = open_folder(name, path)
     else:
         config, tensors = load_source(name, path)
-    tries = (len(config.rank_pattern) + len(config.alpha_pattern)) * len(tensors.shapes)
+    patterns = [config.rank_pattern, config.alpha_pattern]
+    if config.target_parameters:
+        patterns += [config.target_parameters, config.target_modules or "", config.modules_to_save or ""]
+    tries = sum(map(len, patterns)) * len(tensors.shapes)
     if tries > TRIES_LIMIT:
         raise AdapterFormatError(
             f"adapter {name!r} has {len(tensors.shapes):,} tensors and so many patterns in its config that they take"
@@ -134,6 +151,10 @@ def read_contents(path: Path) -> Contents:
     contents.problems += _wrong_shapes(layers)
     extra = [kind for kind, has in (("DoRA", config.use_dora), ("modules_to_save", config.modules_to_save)) if has]
     contents.notes += [f"it uses {kind}" for kind in extra]
+    if config.alora_invocation_tokens:
+        contents.notes.append(f"it is aLoRA: it begins at the tokens {show(config.alora_invocation_tokens)}")
+    if config.target_parameters:
+        contents.notes.append(f"it adapts parameters (target_parameters): {_some(sorted(config.target_parameters))}")
     if others:
         text = f"{len(others)} tensor(s) that are no LoRA weights, such as {_some(others[:1])}"
         # which bring tensors of their own
@@ -153,16 +174,53 @@ def _sort(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> tuple[di
     """The layers that these tensors are of, and the names of those that are of none."""
     layers: dict[str, Layer] = {}
     others = []
+    ends = {key: next((end for end in PARTS if key.endswith(end)), None) for key in shapes}
+    paths = {key.removesuffix(end).removeprefix(PREFIX) for key, end in ends.items() if end is not None}
+    parameters = _parameters(paths, config)
     for key, shape in shapes.items():
-        end = next((end for end in PARTS if key.endswith(end)), None)
+        end = ends[key]
         if end is None or len(shape) not in ((1,) if PARTS[end] == "bias" else (2, 4)):
             others.append(key)
             continue
-        path = key.removesuffix(end).removeprefix(PREFIX)
+        own = key.removesuffix(end).removeprefix(PREFIX)
+        path = parameters.get(own, own)
         if path not in layers:
-            layers[path] = Layer(path, *_from_config(path, config), {})
+            layers[path] = Layer(path, *_from_config(path, config), {}, own in parameters)
         layers[path].shapes[PARTS[end]], layers[path].keys[PARTS[end]] = shape, key
     return layers, others
+
+
+def _parameters(paths: set[str], config: LoraConfig) -> dict[str, str]:
+    """Of the paths that are PEFT's wrappers around parameters: what the config calls these.
+
+    One wrapper stands around the other. In which order only the model says, but for experts, whose weights are ORDER's:
+    other parameters of one module are left as PEFT's path has them.
+    """
+    if not config.target_parameters:
+        return {}
+    wrappers: dict[str, list[str]] = {}
+    for path in sorted(paths, key=len):  # from outside in
+        module = path
+        while module.endswith(WRAPPED):
+            module = module.removesuffix(WRAPPED)
+        wrappers.setdefault(module, []).append(path)
+    found = {}
+    for module, here in wrappers.items():
+        names = _named_at(module, config)
+        if len(names) == len(here) and (len(here) == 1 or names <= {*ORDER}):
+            outside_in = sorted(names, key=ORDER[::-1].index) if len(here) > 1 else names
+            found.update(zip(here, (f"{module}.{name}" for name in outside_in), strict=True))
+        elif names:
+            found.update((path, path) for path in here)
+    return found
+
+
+def _named_at(module: str, config: LoraConfig) -> set[str]:
+    """The parameters of ``module`` that ``target_parameters`` names, by the end of their paths as PEFT does."""
+    if check_target_module_exists(config, module):
+        return set()
+    ends = [target.rpartition(".") for target in config.target_parameters]
+    return {name for parent, _, name in ends if not parent or f".{module}".endswith(f".{parent}")}
 
 
 def _from_config(path: str, config: LoraConfig) -> tuple[int, float, float]:
@@ -182,9 +240,11 @@ def _wrong_shapes(layers: Mapping[str, Layer]) -> Iterator[str]:
     if unequal := {path for path, layer in whole.items() if layer.shapes["A"][0] != layer.shapes["B"][1]}:
         yield f"{len(unequal)} layer(s) whose A and B differ in rank, such as {_some(sorted(unequal))}"
     if other := [path for path in whole if path not in unequal and layers[path].rank != layers[path].expected_rank]:
+        first = layers[other[0]]
+        what = f"{first.rows} rank rows, no multiple of what" if first.is_parameter else f"rank {first.rank},"
         yield (
             f"{len(other)} layer(s) whose rank is not what the config says, such as {_some(other[:1])}: its weights"
-            f" have rank {layers[other[0]].rank}, the config says {layers[other[0]].expected_rank}"
+            f" have {what} the config says {first.expected_rank}"
         )
 
 

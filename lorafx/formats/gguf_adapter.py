@@ -53,8 +53,8 @@ def convert(name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[
         end = next((end for end in ENDS if key.endswith(end)), None)
         if end is None:
             raise AdapterFormatError(
-                f"adapter {name!r} has a tensor {show(key)}; expected names that end in {' or '.join(ENDS)}. lorafx"
-                " runs LoRA on linear layers, nothing else, from a file."
+                f"adapter {name!r} has a tensor {show(key)}; expected names that end in {' or '.join(ENDS)}. Of"
+                " a GGUF file lorafx reads LoRA and aLoRA on linear layers, nothing else."
             )
         there = paths.get(key.removesuffix(end), [])
         if len(there) != 1:

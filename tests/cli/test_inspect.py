@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
+from lorafx.experts import layer_at, site_name
 from tests.cli.conftest import save_adapter
+from tests.integration.models import FAMILIES, config
 from tests.integration.other_layers import ADAPTERS, build, with_adapters
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,6 +67,61 @@ def test_json_is_what_peft_loads(lorafx_command, sql, model, tmp_path):
         assert layer["shapes"]["bias"] == list(theirs.lora_B["default"].bias.shape)
     assert found["bytes"] == sum(t.nbytes for t in load_file(folder / WEIGHTS).values())
     assert (found["problems"], found["left_to_peft"]) == ([], [])
+
+
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+EXPERTS = {
+    "both": {"target_parameters": [UP, DOWN], "target_modules": ["q_proj"]},
+    "with patterns": {
+        "target_parameters": [DOWN, UP],
+        "target_modules": [],
+        "rank_pattern": {DOWN: 6, r"layers.1.mlp.experts.gate_up_proj": 3},
+        "alpha_pattern": {r"layers\.0.*gate_up_proj": 5},
+        "use_rslora": True,
+    },
+    "one alone": {"target_parameters": [UP], "target_modules": []},
+    "without its module": {"target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["v_proj"]},
+    "of one layer": {"target_parameters": [f"model.layers.1.{DOWN}", UP], "target_modules": []},
+    "beside a router": {"target_parameters": ["mlp.gate.weight", DOWN], "target_modules": ["o_proj"]},
+}
+
+
+def save_experts(folder: Path, **fields: object) -> Path:
+    get_peft_model(FAMILIES["mixtral"].build(2), config(r=4, lora_dropout=0.0, **fields)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fields", EXPERTS.values(), ids=EXPERTS)
+def test_weights_of_experts(lorafx_command, tmp_path, fields):
+    """By the names of the parameters, with PEFT's ranks, alphas and scales."""
+    folder = save_experts(tmp_path / "x", **fields)
+    code, out, _ = lorafx_command("inspect", folder, "--json")
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    root = PeftModel.from_pretrained(FAMILIES["mixtral"].build(2), folder).get_base_model()
+    assert {layer["path"] for layer in found["layers"]} == adapted_layers_of(root)
+    for layer in found["layers"]:
+        theirs = layer_at(root, layer["path"])
+        assert (layer["rank"], layer["alpha"]) == (theirs.r["default"], theirs.lora_alpha["default"])
+        assert math.isclose(layer["scale"], theirs.scaling["default"])
+        assert layer["shapes"] == {part: list(getattr(theirs, f"lora_{part}")["default"].weight.shape) for part in "AB"}
+    code, out, _ = lorafx_command("inspect", folder)
+    assert code == 0
+    assert "note: it adapts parameters (target_parameters): '" in out
+    assert "base_layer" not in out
+
+
+def adapted_layers_of(root) -> set[str]:
+    return {site_name(path, module) for path, module in root.named_modules() if isinstance(module, LoraLayer)}
+
+
+def test_experts_whose_rank_rows_can_not_be(lorafx_command, tmp_path):
+    folder = save_experts(tmp_path / "x", target_parameters=[UP, DOWN], target_modules=[])
+    code, out, _ = lorafx_command("inspect", changed(folder, tmp_path / "y", lambda tensors: None, r=5))
+    assert code == 1
+    rows = 4 * FAMILIES["mixtral"].build(1).config.num_local_experts
+    assert "4 layer(s) whose rank is not what the config says, such as 'model.layers.0.mlp.experts." in out
+    assert f"its weights have {rows} rank rows, no multiple of what the config says 5" in out
 
 
 def test_embeddings_and_convolutions(lorafx_command, tmp_path):
@@ -131,6 +190,7 @@ def test_an_unusual_scale(lorafx_command, sql, tmp_path):
         ({"bias": "all"}, "left to PEFT: bias="),
         ({"use_dora": True}, "it uses DoRA"),
         ({"modules_to_save": ["lm_head"]}, "it uses modules_to_save"),
+        ({"task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 6]}, "it is aLoRA: it begins at the tokens [5, 6]"),
     ],
 )
 def test_what_is_left_to_peft_or_special_is_said(lorafx_command, tmp_path, config, said):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -504,6 +504,34 @@ def test_time_major_input_refuses_mixed_batches(mode):
     assert any(p.requires_grad for p in model.parameters())
     with pytest.raises(lorafx.UnsupportedModelError, match="inner can't take different adapters"):
         model(inputs, adapter_names=["default", "second", "default"])  # where gradients are needed, too
+
+
+class TimeMajorTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(96, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids):
+        return self.inner(self.embed(input_ids).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("how", [{"mode": "eager"}, {"options": EAGER_GRAPH}], ids=["eager", "graph"])
+def test_time_major_input_refuses_alora(how):
+    """Alone too: it begins at another place in each row."""
+    fields = {"target_modules": ["inner"], "init_lora_weights": False}
+    state = get_peft_model_state_dict(get_peft_model(TimeMajorTokens(), LoraConfig(**fields)))
+    late, plain = LoraConfig(**fields, alora_invocation_tokens=[5, 6]), LoraConfig(**fields)
+    model = lorafx.compile(TimeMajorTokens().eval(), {"late": (state, late), "plain": (state, plain)}, **how)
+    ids = torch.arange(15).view(3, 5)
+    with torch.no_grad():
+        model.lora.use("plain")
+        model(ids)
+        model.lora.use("late")
+        with pytest.raises(lorafx.UnsupportedModelError, match="inner can't take an aLoRA adapter") as said:
+            model(ids)
+        assert "one adapter for the whole batch" not in str(said.value)
+        with pytest.raises(lorafx.UnsupportedModelError, match="inner can't take different adapters"):
+            model(ids, adapter_names=["plain", None, "plain"])
 
 
 # ------------------------------------------------------------------------------------------------ gradients

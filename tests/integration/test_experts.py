@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -155,8 +156,41 @@ def test_first_adapter_on_experts_is_one_retrace(family, folders, wanted):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.lora.load("a", folders["a"])
+    text = lorafx.explain(model).retraces[0]
+    assert "room for experts comes with an adapter of them given to lorafx.compile" in text
+    assert "target_modules reserves room there" in text  # for v_proj
     check_rows(run(model, INPUTS, ["a", "plain", None, "a", "a"]), ["a", "plain", None, "a", "a"], wanted)
     assert len(lorafx.explain(model).retraces) == 1
+
+
+def test_room_for_experts_is_not_called_one_of_target_modules(family, folders):
+    model = compiled(family, folders, ["plain"])
+    run(model, INPUTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.lora.load("c", folders["c"])
+    (text,) = lorafx.explain(model).retraces
+    assert re.search(r"experts\.\w+ \(room for experts comes with an adapter of them", text)
+    assert "target_modules" not in text
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[1:]], ids=["both weights", "one weight"])
+@pytest.mark.parametrize("on_peft", [False, True], ids=["plain", "PeftModel"])
+def test_a_state_dict_alone_does_not_say_which_weights(family, folders, parameters, on_peft):
+    made = get_peft_model(family.build(2), config(**{**ADAPTERS["a"], "target_parameters": parameters}))
+    state = get_peft_model_state_dict(made)
+    model = compiled(family, folders, ["plain"], mode="eager")
+    if on_peft:
+        plain = PeftModel.from_pretrained(family.build(2), folders["plain"], adapter_name="plain").eval()
+        model = lorafx.compile(plain, mode="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(lorafx.AdapterFormatError, match=r"(?s)which of their weights.*\(state_dict, config\)"):
+            model.lora.load("x", state)
+    assert model.lora.names == ["plain"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.lora.load("x", (state, made.peft_config["default"]))
 
 
 def test_uncompile_and_copies(family, folders, wanted):
@@ -170,15 +204,27 @@ def test_uncompile_and_copies(family, folders, wanted):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_generate_mixed(family, folders):
-    model = compiled(family, folders, ["a", "b"], mode="eager")
-    few = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_generate_mixed(family, folders, mode):
+    """Token by token, and by the scores of each: PEFT runs one adapter at a time."""
+    model = compiled(family, folders, ["a", "b"], **({"mode": "eager"} if mode == "eager" else {}))
     ids = INPUTS["input_ids"][:3]
-    few["attention_mask"] = torch.ones_like(ids)
-    got = model.generate(ids, adapter_names=["b", None, "a"], **few)
-    for row, name in ((0, "b"), (1, None), (2, "a")):
-        model.lora.use(name)
-        assert torch.equal(model.generate(ids, **few)[row], got[row])
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    base = family.build(2).generate(ids, **settings)
+    for names in (["b", None, "a"], ["a", "b", None]):
+        got = model.generate(ids, adapter_names=names, **settings)
+        changed = 0
+        for row, name in enumerate(names):
+            alone = family.build(2)
+            if name is not None:
+                alone = PeftModel.from_pretrained(alone, folders[name]).eval()
+            want = alone.generate(input_ids=ids, **settings)
+            assert torch.equal(got.sequences[row], want.sequences[row])
+            for mine, theirs in zip(got.logits, want.logits, strict=True):
+                assert_close(mine[row], theirs[row])
+            changed += not torch.equal(want.sequences[row], base.sequences[row])
+        assert changed
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
