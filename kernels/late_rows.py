@@ -2,7 +2,8 @@
 
 PEFT counts an aLoRA's positions from the end (``ALoraLinearVariant`` in ``peft/tuners/lora/variants.py``): with T
 positions in a layer's input and an offset of n, those from T - n on get the adapter, the others the base output. So
-one number for each row serves a prompt, and each token decoded behind a KV cache, where T is 1.
+one number for each row serves a whole prompt, and each token decoded behind a KV cache, where T is 1. With another T
+(chunks of a prompt, no cache, prompt lookup) the place moves, in PEFT as here.
 """
 
 from __future__ import annotations

@@ -3,10 +3,15 @@
 PEFT (``calculate_alora_offsets`` in ``peft/tuners/lora/variants.py``) takes the last place at which all of them stand,
 counts from there to the end of the row, and keeps that number through all of ``generate``: a token decoded later is
 its row's last position, so it is behind that place. A row without them gets the base model.
+
+That holds where a forward has the whole prompt, and then one token behind a cache. In chunks of a prompt, without a
+cache and in prompt lookup, the number counts from the end of whatever the forward has: PEFT's results, but not those of
+the run in one piece.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,20 +31,25 @@ NONE = 0  # of the row's positions
 class Prompt:
     """What a call, or a generate with all its forwards, begins with.
 
-    ids: ``[rows, tokens]``, or None where the call has none; offsets: PEFT's ``alora_offsets``, one for each row, None
-    where its adapter is off; none at all: they are looked for in ``ids``
+    ids: ``[rows, tokens]``, or None where the call has none; offsets: ``alora_offsets`` as ``read_offsets`` takes
+    them, an empty list where all is off; None: they are looked for in ``ids``
     """
 
-    def __init__(self, ids: Tensor | None = None, offsets: Sequence[int | None] | None = None) -> None:
-        self.ids, self.offsets = ids, offsets
+    def __init__(self, ids: Tensor | None = None, offsets: Any = None) -> None:
+        self.ids, self.offsets = ids, None if offsets is None else read_offsets(offsets)
         self._read: numpy.ndarray | None = None
         self._found: dict[tuple[int, Tokens], int] = {}
 
     @classmethod
     def of_call(
-        cls, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Sequence[int | None] | None = None
+        cls, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Any = None, rows: int | None = None
     ) -> Prompt:
-        """Of these arguments of the model, or of its generate."""
+        """Of these arguments of the model, or of its generate.
+
+        AdapterMismatchError: ``offsets`` are not one for each of ``rows`` rows
+        """
+        if offsets is not None:
+            offsets = read_offsets(offsets, rows)
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
         ids = next((value for value in candidates if _are_ids(value)), None)
         return cls(ids[None] if ids is not None and ids.dim() == 1 else ids, offsets)
@@ -49,7 +59,7 @@ class Prompt:
         that generate repeats for beams follow each other."""
         if self.offsets is not None:
             offset = self.offsets[row * len(self.offsets) // rows] if len(self.offsets) else None
-            return NONE if offset is None else max(NONE, int(offset))
+            return NONE if offset is None else max(NONE, offset)
         if self.ids is None:
             return NONE
         if self._read is None:
@@ -59,18 +69,26 @@ class Prompt:
             self._found[key] = offset_in(self._read[key[0]], tokens)
         return self._found[key]
 
-    def check_offsets(self, rows: int | None) -> None:
-        """AdapterMismatchError: ``alora_offsets`` is no list of one number, or None, for each row"""
-        if self.offsets is None:
-            return
-        right = isinstance(self.offsets, (list, tuple)) and all(
-            one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in self.offsets
+
+def read_offsets(offsets: Any, rows: int | None = None) -> list[int | None]:
+    """PEFT's ``alora_offsets``, a list, tensor or array: of each row how many of its last positions have the adapter,
+    None where it is off.
+
+    AdapterMismatchError: not one whole number, or None, for each of ``rows`` rows (None: of any number of rows)
+    """
+    values = offsets.tolist() if isinstance(offsets, (Tensor, numpy.ndarray)) else offsets
+    try:
+        if not isinstance(values, (list, tuple)) or any(isinstance(one, bool) for one in values):
+            raise TypeError
+        read = [None if one is None else operator.index(one) for one in values]
+    except TypeError:
+        read = None
+    if read is None or (rows is not None and len(read) != rows):
+        raise AdapterMismatchError(
+            f"got alora_offsets={show(offsets)} for a batch of {'some' if rows is None else rows} rows; expected one"
+            " whole number for each row, how many of its last positions the adapter has, or None for none of them"
         )
-        if not right or (rows is not None and len(self.offsets) != rows):
-            raise AdapterMismatchError(
-                f"got alora_offsets={show(self.offsets)} for a batch of {rows} rows; expected one whole number for each"
-                " row, how many of its last positions the adapter has, or None for none of them"
-            )
+    return read
 
 
 def offset_in(ids: numpy.ndarray, tokens: Tokens) -> int:

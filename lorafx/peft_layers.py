@@ -7,7 +7,7 @@ place are seen by the fused ops at once, and there is one copy of each weight.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lorafx.experts import parted, site_name, why_not_wrapped
 from lorafx.invocations import Prompt
 from lorafx.layer_kinds import why_not
 from lorafx.logs import warn_once
+from lorafx.peft_arguments import Names, Offsets
 from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped, weights_of
 from lorafx.quantised import features_of
 from lorafx.recomputing import recomputed_layer
@@ -208,7 +209,9 @@ def hooked_by_name(layers: dict[str, PeftLinear]) -> bool:
 
 class ForwardHooks:
     """Stands for the tuner's ``_enable_peft_forward_hooks``: adapter_names become the call's selection, not hooks, and
-    ``alora_offsets``, which PEFT has computed from the prompt, where its aLoRA adapters begin."""
+    ``alora_offsets``, which PEFT has computed from the prompt or the user has given, where aLoRA adapters begin.
+
+    Rows are not counted here, where a forward's inputs are not: that is done before (``ReadArguments``)."""
 
     def __init__(self, runtime: Any, tuner: BaseTuner) -> None:
         self.runtime = runtime
@@ -231,16 +234,19 @@ class ForwardHooks:
             with self._as_pefts(*args, **kwargs):
                 yield
         else:
-            # where PEFT has found nothing, its aLoRA adapters are off
-            prompt = Prompt(offsets=offsets or ()) if names is not None or offsets is not None else None
-            if names is not None:
-                context = runtime.selected(names, args, kwargs, prompt)
-            elif prompt is not None and runtime.bank.chosen is None:  # else the offsets are those of other adapters
-                context = runtime.bank.calling(None, runtime.batch_of(args, kwargs), prompt)
-            else:
-                context = nullcontext()
-            with context:
+            with self._choosing(names, offsets):
                 yield
+
+    def _choosing(self, names: Any, offsets: Any) -> AbstractContextManager[None]:
+        bank, prompt = self.runtime.bank, None
+        if names is not None:
+            # where PEFT has found nothing, its aLoRA adapters are off; it looks in vain for a name of all rows
+            if not isinstance(names, str) or isinstance(offsets, Offsets):
+                prompt = Prompt(offsets=() if offsets is None else offsets)
+            return self.runtime.selected(names.given if isinstance(names, Names) else names, prompt=prompt)
+        if offsets is not None and (isinstance(offsets, Offsets) or bank.chosen is None):
+            return bank.calling(None, None, Prompt(offsets=offsets))
+        return nullcontext()  # PEFT's own offsets are those of other adapters than the chosen
 
     @contextmanager
     def _as_pefts(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted, expert_layers, peft_layers, peft_methods, root_forward, saved_layers
+from lorafx import adapted, expert_layers, peft_arguments, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -94,6 +94,7 @@ class Runtime:
                 vars(self.root)["generate"] = Generate(self)
             root_forward.stand_before(self.root, self)
             peft_methods.guard(self.root, self.bank)
+            peft_arguments.stand_before(self.model, self)
             tuner = peft_layers.tuner_of(self.model)
             if tuner is not None:
                 vars(tuner)["_enable_peft_forward_hooks"] = peft_layers.ForwardHooks(self, tuner)
@@ -112,6 +113,7 @@ class Runtime:
             self.drop_hooks(module)
             self.fused.drop(module)
         root_forward.step_aside(self.root)
+        peft_arguments.step_aside(self.model)
         peft_layers.own_memory(self.peft)
         for layer in self.peft.values():
             adapted.release(layer)
@@ -238,11 +240,7 @@ class Runtime:
         self.follower.follow(selection)
         self._guard_use(selection)
         batch = self.batch_of(args, kwargs or {})
-        if isinstance(names, (list, tuple)) and batch is not None and len(names) != batch:
-            raise AdapterMismatchError(
-                f"got {len(names)} adapter_names for a batch of {batch} rows; expected one name for each row"
-                " (None or '__base__' for the base model)"
-            )
+        peft_arguments.check_count(names, batch)
         with self.bank.calling(selection, batch, prompt), self.bank.held(selection) if generating else nullcontext():
             yield
 
@@ -285,9 +283,7 @@ class Runtime:
         """
         if not self.bank.store.late:
             return None
-        prompt = Prompt.of_call(args, kwargs, offsets=offsets)
-        prompt.check_offsets(self.batch_of(args, kwargs))
-        return prompt
+        return Prompt.of_call(args, kwargs, offsets, self.batch_of(args, kwargs))
 
     @torch.compiler.disable
     def is_running(self) -> bool:
@@ -367,7 +363,8 @@ class RootCall:
 
 class Generate:
     """``model.generate`` with ``adapter_names``, on a model whose own generate does not know them, and with aLoRA,
-    which begins where the prompt says (or PEFT's ``alora_offsets``) and stays on for all tokens behind."""
+    which begins where the prompt says (or PEFT's ``alora_offsets``) and stays on for tokens decoded behind a cache, one
+    at a time."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime

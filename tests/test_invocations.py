@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig
@@ -9,7 +10,7 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 
 import lorafx
 from lorafx.config_fields import FIELDS
-from lorafx.invocations import Prompt, row_by_row
+from lorafx.invocations import Prompt, read_offsets, row_by_row
 from lorafx.routing import EVERYWHERE
 
 
@@ -35,10 +36,29 @@ def test_rows_of_beams_and_of_other_adapters():
     assert row_by_row((late,), 2, {"late": (9,)}, Prompt(offsets=()))[1] == (0, 0)
 
 
-@pytest.mark.parametrize("wrong", [[1, "2"], [True, 1], [1], 7, "12", {1: 2}, [0.5, 1]])
+ARRAYS = [numpy.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), torch.tensor([[1], [2]]), torch.tensor(2)]
+
+
+@pytest.mark.parametrize("wrong", [[1, "2"], [True, 1], 7, "12", {1: 2}, [0.5, 1], *ARRAYS])
 def test_offsets_that_are_none(wrong):
+    with pytest.raises(lorafx.AdapterMismatchError, match="for a batch of 2 rows"):
+        read_offsets(wrong, 2)
     with pytest.raises(lorafx.AdapterMismatchError, match="alora_offsets"):
-        Prompt(offsets=wrong).check_offsets(2)
+        Prompt(offsets=wrong)
+
+
+@pytest.mark.parametrize("wrong", [[], [1], [1, None, 3]])
+def test_offsets_for_another_number_of_rows(wrong):
+    assert read_offsets(wrong) == wrong
+    with pytest.raises(lorafx.AdapterMismatchError, match="for a batch of 2 rows"):
+        read_offsets(wrong, 2)
+
+
+@pytest.mark.parametrize("right", [(3, 4), numpy.array([3, 4]), torch.tensor([3, 4]), [*numpy.array([3, 4])]])
+def test_offsets_of_other_types(right):
+    assert read_offsets(right, 2) == [3, 4]
+    assert all(type(one) is int for one in read_offsets(right))
+    assert read_offsets([None, right[1]], 2) == [None, 4]
 
 
 def test_tokens_of_a_config():

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
@@ -111,8 +112,9 @@ def proofs(model):
 
 
 @pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
-def test_generate(road, cache, folders):
+@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
+def test_generate(road, way, folders):
+    """Without a cache and in chunks an adapter begins at another place, in PEFT too."""
     model, peft = ROADS[road](folders, **GRAPH), reference(folders)
     prompt = ids()
     arguments = {
@@ -120,7 +122,7 @@ def test_generate(road, cache, folders):
         "attention_mask": torch.ones_like(prompt),
         "max_new_tokens": 4,
         "do_sample": False,
-        "use_cache": cache,
+        **way,
         "output_logits": True,
         "return_dict_in_generate": True,
     }
@@ -140,10 +142,34 @@ def test_generate(road, cache, folders):
         assert torch.equal(model.generate(**arguments).sequences, want.sequences)
         with model.disable_adapter():
             assert torch.equal(model.generate(**arguments).sequences, base.sequences)
-    else:  # ids as PEFT's generate does not take them, and rows repeated for beams
+    else:  # ids as PEFT's generate does not take them
         ids_ = arguments.pop("input_ids")
         assert torch.equal(model.generate(inputs=ids_, **arguments).sequences, want.sequences)
-        model.generate(ids_, num_beams=2, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("offsets", [None, [3, None, 1, 7, 2]], ids=["found", "given"])
+@pytest.mark.parametrize("road", ROADS)
+def test_rows_repeated_for_beams(road, offsets, folders):
+    """PEFT refuses beams with aLoRA: each row is what it is alone."""
+    model, prompt = ROADS[road](folders, **LOWERINGS["eager"]), ids()
+    beams = {
+        "num_beams": 2,
+        "max_new_tokens": 3,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+
+    def generated(rows):
+        given = {} if offsets is None else {"alora_offsets": offsets[rows]}
+        return model.generate(input_ids=prompt[rows], adapter_names=["late"] * len(prompt[rows]), **given, **beams)
+
+    got, alone = generated(slice(None)), [generated(slice(row, row + 1)) for row in range(len(prompt))]
+    assert torch.equal(got.sequences, torch.cat([each.sequences for each in alone]))
+    for step, logits in enumerate(got.logits):
+        assert_close(logits, torch.cat([each.logits[step] for each in alone]))
+    base = LLAMA.build(1).generate(input_ids=prompt, **beams)
+    assert difference(got.logits[0], base.logits[0]) > 1e-3
 
 
 def routed_calls(model):
@@ -273,6 +299,90 @@ def test_offsets_that_are_given_and_calls_without_ids(folders):
         run(model, {"input_ids": ids().repeat(60, 1)})
 
 
+OFFSETS = [1, None, 3, 7, 0]
+
+
+@pytest.mark.parametrize("active", ["late", "plain"])
+def test_a_peft_model_takes_offsets_that_are_given(active, folders):
+    """After ``model.lora.use`` too, where PEFT's own offsets, of the adapter that is active there, don't count."""
+    model, peft = lorafx.compile(reference(folders), **GRAPH), reference(folders)
+    inputs, base = {"input_ids": ids()}, run(LLAMA.build(1), {"input_ids": ids()})
+    generated = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    peft.set_adapter("late")
+    model.set_adapter(active)
+    model.lora.use("late")
+    with torch.no_grad():
+        want = peft(**inputs, alora_offsets=OFFSETS).logits
+        assert difference(want, run(peft, inputs)) > 1e-3
+        assert_rows(model(**inputs, alora_offsets=OFFSETS).logits, want, base)
+        assert_rows(model(**inputs, alora_offsets=OFFSETS, adapter_names="late").logits, want, base)
+        assert_rows(run(model, inputs), run(peft, inputs), base)
+        model.lora.use("plain")
+        model.set_adapter("other")
+        model.set_adapter("late")
+        assert_rows(model(**inputs, alora_offsets=OFFSETS).logits, want, base)
+    model.set_adapter(active)
+    model.lora.use("late")
+    got, want = (each.generate(**inputs, alora_offsets=OFFSETS, **generated) for each in (model, peft))
+    for mine, theirs in zip(got.logits, want.logits, strict=True):
+        assert_close(mine, theirs)
+    lorafx.uncompile(model)
+    model.set_adapter("late")
+    assert "generate" not in vars(model)
+    assert not model._forward_pre_hooks
+    assert_close(model.generate(**inputs, alora_offsets=OFFSETS, **generated).logits[0], want.logits[0])
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_offsets_are_one_whole_number_for_each_row(road, folders):
+    model, peft, inputs = ROADS[road](folders, **LOWERINGS["eager"]), reference(folders), {"input_ids": ids()}
+    model.lora.use("late")
+    peft.set_adapter("late")
+    numbers = numpy.array([1, 0, 3, 7, 2])
+    with torch.no_grad():
+        want = peft(**inputs, alora_offsets=numbers.tolist()).logits
+        for right in (numbers, torch.from_numpy(numbers), list(numbers)):
+            assert_close(model(**inputs, alora_offsets=right).logits, want)
+        for wrong in ([1, 2], [], 3, ["1"] * 5, [1.7, 0, 3, 7, 2], [True] * 5, torch.ones(5), "12345"):
+            for call in (model, model.generate):
+                with pytest.raises(lorafx.AdapterMismatchError, match="for a batch of 5 rows"):
+                    call(**inputs, alora_offsets=wrong)
+                with pytest.raises(lorafx.AdapterMismatchError, match="for a batch of 5 rows"):
+                    call(**inputs, alora_offsets=wrong, adapter_names=["late"] * 5)
+
+
+@pytest.mark.parametrize("active", ["late", "plain"])
+def test_names_that_peft_cannot_read(active, folders):
+    """One for the whole batch, whose letters PEFT takes for names, and None."""
+    model, peft = lorafx.compile(reference(folders), **GRAPH), reference(folders)
+    model.set_adapter(active)
+    inputs, base = {"input_ids": ids()}, run(LLAMA.build(1), {"input_ids": ids()})
+    steps = {"max_new_tokens": 3, "do_sample": False}
+    some = ["late", None, "plain", "late", None]
+    want = {names: run(peft, inputs, [names] * 5) for names in ADAPTERS}
+    want_of_some = run(peft, inputs, [name or "__base__" for name in some])
+    tokens_of_late = peft.generate(**inputs, adapter_names=["late"] * 5, **steps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapter .* not found in peft_config")
+        for name in ADAPTERS:
+            assert_rows(run(model, inputs, name), want[name], base)
+        assert_rows(run(model, inputs, "__base__"), base, base)
+        assert_rows(run(model, inputs, some), want_of_some, base)
+        assert torch.equal(model.generate(**inputs, adapter_names="late", **steps), tokens_of_late)
+    with pytest.raises(lorafx.AdapterMismatchError, match="no adapter 'nope' is loaded"):
+        run(model, inputs, "nope")
+
+
+def test_rows_of_a_peft_model_are_those_of_its_main_input(folders):
+    few = {"plain": folders["plain"]}
+    model, peft = lorafx.compile(with_peft(LLAMA.build(1), few), **GRAPH), with_peft(LLAMA.build(1), few)
+    inputs, names = {"input_ids": ids(), "position_ids": torch.arange(7)[None]}, ["plain"] * 4 + ["__base__"]
+    assert_close(run(model, inputs, names), run(peft, inputs, names))
+    for wrong in (names[:3], names[:1], names * 2):
+        with pytest.raises(lorafx.AdapterMismatchError, match=f"got {len(wrong)} adapter_names for a batch of 5 rows"):
+            run(model, inputs, wrong)
+
+
 def test_beside_other_adapters_it_is_pefts(folders):
     model, peft = lorafx.compile(reference(folders), **GRAPH), reference(folders)
     inputs = {"input_ids": ids()}
@@ -324,8 +434,8 @@ def test_training_is_pefts(folders):
         assert_close(model(input_ids=ids()).logits, run(reference(folders), {"input_ids": ids()}))
 
 
-def test_without_pefts_class_for_it_peft_leaves_it_off():
-    """PEFT looks for invocations in PeftModelForCausalLM alone."""
+def test_without_pefts_class_for_it_peft_leaves_it_off(tmp_path):
+    """PEFT looks for invocations in PeftModelForCausalLM alone. What is chosen through lorafx is on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(LLAMA.build(1), config(**{**LATE, "task_type": None})).eval()
@@ -335,6 +445,13 @@ def test_without_pefts_class_for_it_peft_leaves_it_off():
         compiled = lorafx.compile(copy.deepcopy(model), **how)
         assert_close(run(compiled, {"input_ids": ids()}), base, 1e-6)
         assert_close(run(compiled, {"input_ids": ids()}, ["default"] * 5), base, 1e-6)
+        assert_close(run(compiled, {"input_ids": ids()}, "default"), base, 1e-6)
+    compiled.lora.use("default")
+    model.save_pretrained(tmp_path)
+    plain = lorafx.compile(LLAMA.build(1), str(tmp_path), **GRAPH)
+    want = run(plain, {"input_ids": ids()})
+    assert difference(want, base) > 1e-3
+    assert_close(run(compiled, {"input_ids": ids()}), want)
 
 
 class Flattening(nn.Module):
