@@ -262,7 +262,8 @@ def _report_of(runtime: Runtime, tokens: int, gpu: str | None) -> Report:
         store = runtime.bank.store
         report.ranks = ranks_in_bank(store)
         report.memory = memory_of(runtime.bank, report.groups if report.source == "graphs" else None)
-    report.work = work_of(report.groups, report._ranks, tokens, store.storage.element_size(), report.folded > 0, gpu)
+    sizes = tokens, store.storage.element_size()
+    report.work = work_of(report.groups, report._ranks, *sizes, report.folded > 0, gpu, store.late)
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,10 @@ def work_of(
     bank_itemsize: int,
     folded: bool,
     gpu: str | None,
+    late: Collection[str] = (),
 ) -> WorkTable | None:
-    """Of the groups of linear layers. None: there is none, or one of unknown widths (a graph without shapes)."""
+    """Of the groups of linear layers. None: there is none, or one of unknown widths (a graph without shapes). late: the
+    layers that aLoRA may stand on, which are never folded"""
     groups = [group for group in groups if group.op in ("routed_lora", "fused_lora")]
     known = all(None not in (branch.in_features, branch.out_features) for g in groups for branch in g.branches)
     if not groups or not known:
@@ -97,7 +99,8 @@ def work_of(
         )
         without += cost.layers(shape)
         separate += cost.separate(shape)
-        fused += cost.fused(shape, group.lowering, folded and _is_folded(group, shape, gpu))
+        here = folded and not any(branch.name in late for branch in group.branches)
+        fused += cost.fused(shape, group.lowering, here and _is_folded(group, shape, gpu))
     return WorkTable(tokens, without, separate, fused, gpu)
 
 

@@ -177,6 +177,15 @@ def routed_calls(model):
     return re.findall(r"torch\.ops\.lorafx\.routed_lora\.default\(.*", code), code
 
 
+def test_explain_counts_such_layers_as_not_folded(folders):
+    """q and v, and o, whose layers stay apart; down, which is computed inside its op."""
+    model = plain_model({name: folders[name] for name in ("late", "plain")}, **GRAPH)
+    run(model, {"input_ids": ids()})
+    report = lorafx.explain(model)
+    assert report.folded == 1
+    assert report.work.fused.launches == (2 + 1) + (1 + 1) + 1
+
+
 def test_the_graph_has_it_where_an_adapter_needs_it(folders):
     with_late = plain_model({name: folders[name] for name in ("late", "plain")}, **GRAPH)
     without = plain_model({"plain": folders["plain"]}, **GRAPH)
