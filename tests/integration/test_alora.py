@@ -245,6 +245,20 @@ def test_the_first_one_costs_one_trace_and_the_next_none(folders):
     assert len(lorafx.explain(model).retraces) == 2
 
 
+def test_the_same_layers_with_other_tokens(folders, tmp_path):
+    """A replacement of which the numbers fit where they stand, but which begins elsewhere."""
+    torch.manual_seed(5)
+    made = get_peft_model(LLAMA.build(1), config(**{**LATE, "alora_invocation_tokens": SECOND}))
+    made.save_pretrained(tmp_path)
+    inputs, base = {"input_ids": ids()}, run(LLAMA.build(1), {"input_ids": ids()})
+    model = plain_model({"late": folders["late"]}, **LOWERINGS["eager"])
+    weights = model.lora.read(str(tmp_path))
+    assert model.lora.store.holds(0, weights.layout)
+    for source, want in ((weights, made), (folders["late"], with_peft(LLAMA.build(1), {"late": folders["late"]}))):
+        model.lora.replace("late", source)
+        assert_rows(run(model, inputs, ["late"] * 5), run(want.eval(), inputs), base)
+
+
 def test_room_for_one_is_room_for_others(folders):
     room = {"max_adapters": 2, "max_rank": 8, "target_modules": "all-linear"}
     model = plain_model({"late": folders["late"]}, **room, **GRAPH)

@@ -253,6 +253,15 @@ def test_past_dynamos_recompile_limit(folders, reference, monkeypatch):
     assert len(lorafx.explain(model).graphs) <= 3
 
 
+def test_the_limit_is_each_models_own(folders, monkeypatch):
+    """Models of one class share their code, but not their graphs."""
+    monkeypatch.setattr("lorafx.runtime.RECOMPILE_LIMIT", 2)
+    models = [compiled_llama(folders) for _ in range(4)]
+    for model in models:
+        run(model, INPUTS, NAMES)
+        assert len(lorafx.explain(model).graphs) == 1
+
+
 def test_hooks_that_dynamo_compiles_by_themselves(folders, reference, monkeypatch):
     """Where it gives up on the model's own frame it goes on with the frames inside: one graph for many layers."""
     torch._dynamo.reset()  # an earlier test may have brought these frames to their limit, which all models share
@@ -354,6 +363,24 @@ def test_what_other_threads_compile_makes_no_graph_here(other, folders, monkeypa
     eval_frame.set_eval_frame_isolate_recompiles_id(-1)
     assert entered
     assert len(lorafx.explain(model).graphs) == 1
+
+
+def test_a_table_is_of_one_moment(folders, monkeypatch):
+    """An adapter that another thread unloads meanwhile goes afterwards."""
+    bank = compiled_llama(folders, mode="eager").lora
+    read, threads = bank.weights_of, []
+
+    def while_another_unloads(name):
+        if not threads:
+            threads.append(threading.Thread(target=bank.unload, args=("b",)))
+            threads[0].start()
+            threads[0].join(0.2)
+        return read(name)
+
+    monkeypatch.setattr(bank, "weights_of", while_another_unloads)
+    assert [row["name"] for row in bank.table()] == ["a", "b", "c"]
+    threads[0].join(60)
+    assert bank.names == ["a", "c"]
 
 
 def test_changes_while_threads_call(folders, reference):

@@ -41,6 +41,12 @@ def test_rewritten_graphs_of_dynamo_compute_the_same():
     assert try_many(6, 5, checked, shrink=False)["branches"] > 6
 
 
+def test_a_layer_behind_a_cast_that_was_written_to():
+    """It reads what stands there now, not what the cast was made of. Found by these graphs (seed 31)."""
+    steps = (Step("as PEFT", 0, 0, 0, 0), Step("other: write", 1, 0, 0, 0), Step(".add", 1, 0, 0, 0))
+    assert check(Plan(0, True, "", steps))["branches"] == 2
+
+
 def test_a_wrong_expectation_is_noticed(monkeypatch):
     """The check can fail: one branch more than there is, one that nobody expected, other numbers."""
     plan = Plan(1, False, "", (Step("siblings", 0, 0, 0, 1), Step("not: an MLP", 1, 0, 2, 2)))
