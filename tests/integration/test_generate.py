@@ -578,6 +578,20 @@ def test_replace_what_is_in_use(folders, tmp_path):
         model.lora.unload("a")
 
 
+@pytest.mark.parametrize("alpha", [8, 3])
+def test_replace_by_the_same_layers(alpha, tmp_path):
+    """Other numbers, and another scale or not."""
+    one = save_adapter(LLAMA, tmp_path / "one", 1, r=4, lora_alpha=8, target_modules=QKV)
+    other = save_adapter(LLAMA, tmp_path / "other", 2, r=4, lora_alpha=alpha, target_modules=QKV)
+    model = compiled_llama({"a": one})
+    run(model, INPUTS)
+    weights = model.lora.read(other)
+    assert model.lora.store.holds(0, weights.layout)
+    model.lora.replace("a", weights)
+    assert_close(run(model, INPUTS), run(with_peft(LLAMA.build(), {"a": other}), INPUTS))
+    assert difference(run(model, INPUTS), run(with_peft(LLAMA.build(), {"a": one}), INPUTS)) > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------ as a backend
 
 
