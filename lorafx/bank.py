@@ -204,10 +204,9 @@ class AdapterBank(Choosing):
     def _rewrite(self, name: str, adapter: AdapterWeights) -> bool:
         """``replace`` where nothing but the numbers of rank rows changes, if it is so. Ctrl-C need not wait for one
         call, and seeing to that costs a third of what Python does here."""
-        if adapter.saved or name in self.saved.own:
-            return False
         with self._alone():
-            return self.store.rewrite(self._slot(name), adapter)
+            copies = adapter.saved or name in self.saved.own
+            return not copies and self.store.rewrite(self._slot(name), adapter)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
