@@ -278,3 +278,7 @@ class Choosing:
     def reading(self) -> AbstractContextManager[None]:
         """Hold off changes of the bank, as a forward does."""
         return self._lock.reading()
+
+    def excluding(self) -> AbstractContextManager[None]:
+        """Hold off the forwards of all other threads, too."""
+        return self._lock.writing()

@@ -250,7 +250,9 @@ class ForwardHooks:
 
     @contextmanager
     def _as_pefts(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with type(self.tuner)._enable_peft_forward_hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
+        """One thread at a time: PEFT puts its hooks on layers that all threads call."""
+        hooks = type(self.tuner)._enable_peft_forward_hooks
+        with self.runtime.bank.excluding(), hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
             yield
 
     def _is_pefts_to_do(self, names: Any) -> bool:
