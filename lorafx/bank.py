@@ -112,7 +112,7 @@ class AdapterBank(Choosing):
         if not self.store.holds(slot, outline.layout):
             self._admit(outline, slot)  # before any weight is read
         adapter = outline.read()
-        if self._rewrite(name, adapter):
+        if self.store.holds(slot, adapter.layout) and self._rewrite(name, adapter):
             return
         with self._changing():
             slot = self._slot(name)
