@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 import lorafx
+from lorafx.module_snapshot import refill
 from tests.interrupting import interrupt_at
 
 from .lockstep import INPUTS, assert_one_copy
@@ -169,6 +170,18 @@ def test_an_error_when_the_bank_is_brought_up(change, place, folders, monkeypatc
             CHANGES[change](model, folders)
     assert not differing(state_of(model), before)
     assert_one_copy(model)
+
+
+def test_what_is_put_back_is_never_empty_meanwhile():
+    """Other threads look modules up there, before they come to a lock."""
+
+    class Watched(dict):
+        def clear(self):
+            raise AssertionError("emptied")
+
+    container = Watched(kept=1, changed=2, extra=3)
+    refill(container, {"kept": 1, "changed": 5})
+    assert list(container.items()) == [("kept", 1), ("changed", 5)]
 
 
 def test_the_compiled_graph_survives(folders):
