@@ -1,0 +1,84 @@
+"""Things that few models do, as toys; each was found by ``python -m tests.sweep`` in one of transformers' models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import lorafx
+
+from .models import EAGER_GRAPH, assert_close, config, noise
+
+WAYS = {
+    "to": (lambda x: x.to(torch.float32), [2]),
+    "float": (lambda x: x.float(), [2]),
+    "twice": (lambda x: x.float().to(dtype=torch.float32), [2]),
+    "dropout": (lambda x: nn.functional.dropout(x, 0.1, training=False), [2]),
+    "copy": (lambda x: x.to(torch.float32, copy=True), [1, 1]),
+    "clone": (lambda x: x.clone(), [1, 1]),
+    "rounded": (lambda x: x.bfloat16().float(), [1, 1]),
+}
+
+
+class Pair(nn.Module):
+    """As the indexer of DeepSeek-V3.2, which casts its input to the dtype of one layer's weight."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.k, self.weights, self.same = nn.Linear(8, 6), nn.Linear(8, 4), WAYS[way][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(self.k(x)), self.weights(self.same(x))], -1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_siblings_that_read_their_input_through_something_idle(way):
+    torch.manual_seed(1)
+    reference = get_peft_model(Pair(way), config(target_modules=["k", "weights"])).eval()
+    x = noise(3, 5, 8)
+    with torch.no_grad():
+        want, base = reference(x), Pair(way)(x)
+        model = lorafx.compile(reference, options=EAGER_GRAPH)
+        assert_close(model(x) - base, want - base)
+    report = lorafx.explain(model)
+    assert [len(group.branches) for group in report.groups] == WAYS[way][1]
+    assert not report.skipped
+
+
+class Exchanging(nn.Module):
+    """As BigBird, whose attention, at its first short input, is another module with the same layers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.ModuleDict({"q": nn.Linear(8, 8)}), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "exchanged"):
+            self.inner, self.exchanged = nn.ModuleDict({"q": self.inner["q"]}), True
+        return self.head(torch.tanh(self.inner["q"](x)))
+
+
+@pytest.mark.parametrize("mode", [None, "eager"])
+def test_layers_that_a_forward_puts_in_another_module(mode):
+    """They are where they were; the adapters on them can be chosen as before, and PEFT's taking them off is seen."""
+    torch.manual_seed(1)
+    reference = get_peft_model(Exchanging(), config(target_modules=["q"])).eval()
+    model = lorafx.compile(copy.deepcopy(reference), mode=mode, options=EAGER_GRAPH)
+    x = noise(3, 5, 8)
+    with torch.no_grad():
+        want, base = reference(x), Exchanging()(x)
+        for _ in range(2):
+            assert_close(model(x) - base, want - base)
+        names = ["default", "__base__", "default"]
+        rows = [want[0], base[1], want[2]]
+        assert_close(model(x, adapter_names=names) - base, torch.stack(rows) - base)
+        assert not lorafx.explain(model).uncompiled
+        model.unload()
+        assert_close(model.base_model(x), base)
+    assert "taken its layers off" in lorafx.explain(model).uncompiled
