@@ -82,3 +82,29 @@ def test_layers_that_a_forward_puts_in_another_module(mode):
         model.unload()
         assert_close(model.base_model(x), base)
     assert "taken its layers off" in lorafx.explain(model).uncompiled
+
+
+class Queries(nn.Module):
+    """As DETR's decoder, whose queries begin as zeros, so that the first layer's v adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.k, self.v, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = torch.zeros_like(x)
+        return self.out(torch.tanh(self.k(queries + x)) + self.v(queries))
+
+
+def test_what_reads_zeros_is_proved_on_noise():
+    torch.manual_seed(1)
+    reference = get_peft_model(Queries(), config(target_modules=["k", "v", "out"])).eval()
+    x = noise(3, 5, 8)
+    with torch.no_grad():
+        want, base = reference(x), Queries()(x)
+        model = lorafx.compile(copy.deepcopy(reference), options=EAGER_GRAPH, validate=True)
+        assert_close(model(x) - base, want - base)
+    report = lorafx.explain(model)
+    assert not report.skipped
+    assert [graph.passes.proved for graph in report.graphs] == [3]
