@@ -108,3 +108,30 @@ def test_what_reads_zeros_is_proved_on_noise():
     report = lorafx.explain(model)
     assert not report.skipped
     assert [graph.passes.proved for graph in report.graphs] == [3]
+
+
+class Towers(nn.Module):
+    """As GLM-OCR: what is one fused layer in one tower stands apart in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.text = nn.ModuleDict({"gate_up_proj": nn.Linear(8, 12)})
+        self.picture = nn.ModuleDict({"gate_proj": nn.Linear(12, 6), "up_proj": nn.Linear(12, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.text["gate_up_proj"](x))
+        return self.picture["gate_proj"](x) * self.picture["up_proj"](x)
+
+
+@pytest.mark.parametrize("targets", [["gate_up_proj", "gate_proj", "up_proj"], ["gate_proj", "up_proj"]])
+def test_layers_that_are_called_as_parts_of_another_towers_fused_layer(targets, tmp_path):
+    torch.manual_seed(1)
+    reference = get_peft_model(Towers(), config(target_modules=targets)).eval()
+    reference.save_pretrained(str(tmp_path))
+    x = noise(3, 5, 8)
+    with torch.no_grad():
+        want, base = reference(x), Towers()(x)
+        model = lorafx.compile(Towers(), str(tmp_path), options=EAGER_GRAPH)
+        assert_close(model(x) - base, want - base)
+    assert sum(len(group.branches) for group in lorafx.explain(model).groups) == len(targets)
