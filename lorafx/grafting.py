@@ -28,7 +28,9 @@ def graft(name: str, bare: nn.Module, config: LoraConfig, shapes: Mapping[str, t
         if mark and len(shape) == 2:
             widths[path.removeprefix(PREFIX)] = shape[0]
     there = {path for path, _ in bare.named_modules()}
-    alike: dict[str, set[int]] = {}  # of what the model lacks: elsewhere it may have layers that are called as parts are
+    alike: dict[
+        str, set[int]
+    ] = {}  # of what the model lacks: elsewhere it may have layers that are called as parts are
     for path, width in widths.items():
         if path not in there:
             alike.setdefault(path.rpartition(".")[2], set()).add(width)

@@ -241,7 +241,9 @@ class Rewritten(_Run):
 
 
 def makes_zeros(node: fx.Node) -> bool:
-    return node.target in ZEROS if node.op == "call_function" else (node.op, node.target) == ("call_method", "new_zeros")
+    return (
+        node.target in ZEROS if node.op == "call_function" else (node.op, node.target) == ("call_method", "new_zeros")
+    )
 
 
 def bound(dtypes: Collection[torch.dtype], width: int, device: torch.device) -> float:

@@ -1,9 +1,9 @@
 """Inputs to try a graph on: those it was traced with, made so that nothing hides in a zero.
 
 A zero proves nothing: B of an adapter that was never trained is zero, and so is a fresh key/value cache. All-zero
-tensors of floating dtype become signed noise, and so do zeros that the graph makes, where something is seen no other way
-(the queries of DETR's decoder begin as such); everything else stays as it is, so that indices, masks and shapes make
-sense. What a graph may write to is copied for each run; weights that nothing writes to are shared, never copied.
+tensors of floating dtype become signed noise, and so do zeros that the graph makes, where something is seen no other
+way (the queries of DETR's decoder begin as such); everything else stays as it is, so that indices, masks and shapes
+make sense. What a graph may write to is copied for each run; weights that nothing writes to are shared, never copied.
 """
 
 from __future__ import annotations
