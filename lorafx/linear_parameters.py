@@ -7,7 +7,6 @@ each call. Here the module's own forward runs, and what is in it is found by wat
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -120,25 +119,16 @@ def _is_seen_to(module: nn.Module, parameter: str) -> bool:
     weight = bare._parameters[parameter]
     widths = {weight.shape[-1] for weight in bare._parameters.values() if weight is not None and weight.dim() == 2}
     seen = []
-    for leading, width in itertools.product(LEADING, widths) if _takes_one(bare.forward) else ():
+    for leading, width in itertools.product(LEADING, widths):
         x = torch.empty(*leading, width, dtype=weight.dtype, device="meta")
         judge = _Judge(weight)
         try:
             with torch.no_grad(), judge:
                 bare(x)
-        except Exception:  # the model's own code may raise anything at inputs that are not its own
+        except Exception:  # the model's own code may raise anything at inputs that are not its own, or too few
             continue
         seen.append((judge.layers, judge.others))
     return bool(seen) and set(seen) == {(1, 0)}
-
-
-def _takes_one(forward: Callable) -> bool:
-    required = [
-        each
-        for each in inspect.signature(forward).parameters.values()
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-    return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def _without_memory(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.passes.naming import last_name
 
 from .families import FAMILIES
 from .models import EAGER_GRAPH, difference, run, save_adapters, site_of, with_peft
@@ -97,7 +98,7 @@ def measured(case: Case) -> dict[str, Any]:
     return {
         "model": type(case.base).__name__,
         "layers": case.layers,
-        "groups": dict(Counter(" + ".join(ending(branch.name) for branch in g.branches) for g in report.groups)),
+        "groups": dict(Counter(" + ".join(last_name(branch.name) for branch in g.branches) for g in report.groups)),
         "branches": sum(len(group.branches) for group in report.groups),
         "skipped": dict(Counter(item.reason for item in report.skipped)),
         "errors": errors,
@@ -171,9 +172,3 @@ def shared_inputs(model: PeftModel, inputs: Mapping[str, Tensor]) -> list[tuple[
 
 def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-
-
-def ending(path: str) -> str:
-    """What a layer is called, with the number behind it where it has one: "q_proj", "to_out.0"; "gate.weight"."""
-    parts = path.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() or parts[-1] == "weight" else parts[-1:])

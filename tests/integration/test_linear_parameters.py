@@ -58,7 +58,7 @@ UNKNOWN = {
     "read elsewhere": lambda self, x: F.linear(x, self.weight) + self.weight.sum(),
     "its data": lambda self, x: F.linear(x, self.weight.data),
     "matmul": lambda self, x: x @ self.weight.T,
-    "as input": lambda self, x: x @ F.linear(self.weight, self.weight).sum() + 0 * x,
+    "as input": lambda self, x: F.linear(x, self.table) @ F.linear(self.weight, self.weight),
     "written to": lambda self, x: F.linear(x, self.weight.mul_(2)),
     "two inputs": lambda self, x, y: F.linear(x, self.weight) + y,
     "by keyword alone": lambda self, *, x: F.linear(x, self.weight),
@@ -217,6 +217,8 @@ def test_files_on_a_plain_model(sources, wanted, how):
         names = {branch.name for group in report.groups for branch in group.branches}
         assert names == {"first", "last", "block.up", "block.down", "gate.weight"}
         assert {group.op for group in report.groups} == {"routed_lora"}
+        assert "first, last, up, down, gate.weight" in repr(model.lora)
+        assert "gate.weight" in str(report)
         if how == "graph":
             assert (len(report.graphs), report.recompiles, report.retraces) == (1, 0, [])
             after = report.graphs[0].passes.after
