@@ -217,7 +217,7 @@ def test_files_on_a_plain_model(sources, wanted, how):
         names = {branch.name for group in report.groups for branch in group.branches}
         assert names == {"first", "last", "block.up", "block.down", "gate.weight"}
         assert {group.op for group in report.groups} == {"routed_lora"}
-        assert "first, last, up, down, gate.weight" in repr(model.lora)
+        assert "first, down, up, gate.weight, last" in repr(model.lora)
         assert "gate.weight" in str(report)
         if how == "graph":
             assert (len(report.graphs), report.recompiles, report.retraces) == (1, 0, [])
