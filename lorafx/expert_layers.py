@@ -86,13 +86,18 @@ def apply_expert_site(
     slots = dict.fromkeys(slot for row in routing.rows for slot, _ in row if name in store.taken[slot])
     check_rows(bank, site, (total, x.shape[1]), named)
     rows = tokens * named // total if named > 1 else torch.zeros_like(tokens)
-    out = y
+    experts, out = store.sites[site].experts, y
     for slot in slots:
-        mine = torch.where(routing.slots == slot, routing.weights, 0).sum(1)[rows]
+        here = routing.slots == slot
+        gates = (torch.where(here, routing.weights, 0).sum(1) * store.scale[slot, site])[rows]
         a, b, _ = store.views(slot, name)
-        gates = mine * store.scale[slot, site]
-        delta = expert_delta(x, ids, gates, a, b.t(), store.sites[site].experts)
-        out = out.to(delta.dtype) + delta
+        if all(slot in dict(row) for row in routing.rows) or (x.is_cuda and len(ids) <= experts):
+            delta = expert_delta(x, ids, gates, a, b.t(), experts)
+            out = out.to(delta.dtype) + delta
+        else:  # the pairs of its rows alone; to count them a GPU is waited for, as it is for more pairs than experts
+            mine = here.any(1)[rows].nonzero()[:, 0]
+            delta = expert_delta(x[mine], ids[mine], gates[mine], a, b.t(), experts)
+            out = out.to(delta.dtype).index_add(0, mine, delta)
     return out.to(y.dtype)
 
 

@@ -59,4 +59,6 @@ def _parameter_path(node: fx.Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
     source = getattr(node, "_dynamo_source", None)
-    return clean_path(source.name) if source is not None and isinstance(source.name, str) else ""
+    if source is None:
+        return ""
+    return clean_path(source.name() if callable(source.name) else source.name)  # a method up to torch 2.9
