@@ -122,7 +122,7 @@ def _way_to(children: dict[str, Any], path: str) -> list[tuple[dict[str, Any], s
     steps: list[tuple[dict[str, Any], str, nn.Module | None]] = []
     for name in path.split("."):
         if name not in children and steps and isinstance(steps[-1][2], LoraLayer):
-            break  # the weight of experts: PEFT's wrapper stands where they did
+            break  # a parameter: PEFT's wrapper stands where its module did
         steps.append((children, name, children.get(name)))
         if steps[-1][2] is None:
             break
