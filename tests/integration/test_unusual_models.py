@@ -135,3 +135,32 @@ def test_layers_that_are_called_as_parts_of_another_towers_fused_layer(targets, 
         model = lorafx.compile(Towers(), str(tmp_path), options=EAGER_GRAPH)
         assert_close(model(x) - base, want - base)
     assert sum(len(group.branches) for group in lorafx.explain(model).groups) == len(targets)
+
+
+class Choosing(nn.Module):
+    """As Switch Transformers: each expert is a layer that gets the tokens that were chosen for it, from any row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        flat, out = x.reshape(-1, 8), torch.zeros_like(x.reshape(-1, 8))
+        for i, expert in enumerate(self.experts):
+            places = torch.where(which.reshape(-1) == i)[0]
+            out[places] = expert(flat[places])
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("mode", [None, "eager"])
+def test_chosen_tokens_are_no_rows_of_the_batch(mode):
+    """Six tokens of a batch of three: two of each row, as far as the number goes, and they are three, two and one."""
+    torch.manual_seed(1)
+    reference = get_peft_model(Choosing(), config(target_modules=["experts.0", "experts.1"])).eval()
+    model = lorafx.compile(copy.deepcopy(reference), mode=mode, options=EAGER_GRAPH)
+    x, which = noise(3, 4, 8), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
+    with torch.no_grad():
+        assert_close(model(x, which), reference(x, which))
+        with pytest.raises(lorafx.UnsupportedModelError, match=r"\[6, 8\] is not known to hold 2 of each"):
+            model(x, which, adapter_names=["default", "__base__", "default"])
