@@ -10,6 +10,8 @@ does, which casts to the dtype of one layer's weight.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import fx
 
 from lorafx.passes.context import PassContext
@@ -18,15 +20,23 @@ from lorafx.passes.group_markers import is_marker
 
 
 def share_inputs(gm: fx.GraphModule, context: PassContext) -> int:
-    """Returns how many nodes that do nothing were taken out; only what markers read is looked at."""
+    """Returns how many nodes that do nothing were taken out: those behind which markers read what others read."""
+    idle: dict[fx.Node, list[fx.Node]] = {}  # by what they give back in the end
+    reading: Counter[fx.Node] = Counter()
+    for x in dict.fromkeys(marker.args[1] for marker in gm.graph.nodes if is_marker(marker)):
+        steps, source = [], x
+        while gives_its_input(gm, source):
+            steps.append(source)
+            source = source.args[0]
+        reading[source] += 1
+        idle.setdefault(source, []).extend(steps)
     done = 0
-    for marker in [node for node in gm.graph.nodes if is_marker(node)]:
-        x = marker.args[1]
-        while isinstance(x, fx.Node) and gives_its_input(gm, x):
-            source = x.args[0]
-            x.replace_all_uses_with(source)
-            gm.graph.erase_node(x)
-            x, done = source, done + 1
+    for source, steps in idle.items():
+        if reading[source] > 1:
+            for node in dict.fromkeys(steps):
+                node.replace_all_uses_with(source)
+                gm.graph.erase_node(node)
+                done += 1
     return done
 
 
