@@ -9,7 +9,8 @@ was compiled. The delta weight ``B[e] @ A[e]`` is never there. Up to one pair fo
 gathered (no more than the adapter itself, and nothing waits for the device); beyond that there are two small products
 for each expert that has tokens, and their number is read from the device once.
 
-``lorafx::expert_lora`` is the same for one adapter whose weights are trained: they are its inputs, and it has a backward.
+``lorafx::expert_lora`` is the same for one adapter whose weights are trained: they are its inputs, and it has a
+backward.
 
 A and B stand as PEFT has them (``peft/tuners/lora/layer.py``, ``ParamWrapper.get_delta_weight``): the rank rows of A
 expert by expert, those of B rank by rank.
@@ -136,7 +137,7 @@ def _lora_backward(
 
 
 def _lora_setup(ctx, inputs, output) -> None:
-    y, x, ids, a, b, ctx.scale, ctx.experts, _ = inputs
+    _, x, ids, a, b, ctx.scale, ctx.experts, _ = inputs
     ctx.save_for_backward(x, ids, a, b)
 
 
