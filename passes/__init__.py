@@ -44,7 +44,7 @@ REWRITE = (
     share_inputs,  # x.to(its own dtype) -> x, so that siblings show
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
-    note_experts,  # lorafx.expert_site stays
+    note_experts,  # lorafx.expert_site and expert_lora stay
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     scale_rows,  # lorafx.magnitude -> lorafx.scaled_rows
     share_routing,  # one lorafx.row_weights for all groups
