@@ -16,15 +16,16 @@ Entry = Mapping[str, Any]
 
 HEAD = """# Swept
 
-What `python -m tests.sweep --out docs/sweep.json` found on {versions}: each model type of the library, made tiny from
-its config class alone by rules on the names of fields, with two adapters of different rank on every linear layer
+What `python -m tests.sweep --out docs/sweep.json` found on
+{versions}: model types, made tiny from its config class alone by rules on the names of fields, with two adapters of different rank on every linear layer
 (PEFT's `all-linear`; where PEFT can't run that, every `nn.Linear`), whose B is random. Held against PEFT, run eagerly
 in float32: each adapter, a batch whose rows have one, the other or none, and idle; once as a PeftModel compiled in
 place and once from the adapter's files. Every rewrite was proved (`validate=True`), and the graphs ran without
 Inductor. What is compared is what adapters change: errors are rel-L2 of that, over every output of the model.
 
 The families on [What is covered](coverage.md) are tested in many more ways; this page is breadth. Model types that
-transformers lists only as parts of others come last, and the run may have ended before them. No model here has real
+transformers lists only as parts of others come last, and the run ends before them where it takes too long: what is not
+listed was not tried. Entries are kept from run to run, so not all are of one state of lorafx. No model here has real
 weights, and none is larger than some millions of parameters.
 """
 
@@ -163,11 +164,18 @@ def kind_of(reason: str) -> str:
 
 
 def main() -> None:
+    import diffusers
     import peft
     import torch
     import transformers
 
-    versions = f"transformers {transformers.__version__}, PEFT {peft.__version__} and torch {torch.__version__}"
+    from tests import tiny_diffusers, tiny_models
+
+    versions = (
+        f"transformers {transformers.__version__} ({len(tiny_models.types())} types that have a model), diffusers"
+        f" {diffusers.__version__} ({len(tiny_diffusers.types())} models), PEFT {peft.__version__} and torch"
+        f" {torch.__version__}"
+    )
     found = json.loads((DOCS / "sweep.json").read_text(encoding="utf-8"))
     (DOCS / "sweep.md").write_text(written(found, versions), encoding="utf-8")
     print(DOCS / "sweep.md")

@@ -53,6 +53,6 @@ def test_a_wrong_result_is_seen():
 
 def test_the_page_is_what_the_file_says():
     page = (sweep_page.DOCS / "sweep.md").read_text(encoding="utf-8")
-    versions = re.search(r"found on ([^:]*):", page)[1]
+    versions = re.search(r"found on\s([^:]*):", page)[1]
     found = json.loads((sweep_page.DOCS / "sweep.json").read_text(encoding="utf-8"))
     assert page == sweep_page.written(found, versions)
