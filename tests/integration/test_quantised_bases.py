@@ -19,7 +19,7 @@ from .models import EAGER_GRAPH, LLAMA, difference, save_adapter
 from .quantised_models import KINDS, SIZES, Model, build
 
 HOW = {"eager": {"mode": "eager"}, "graph": {"options": EAGER_GRAPH}}
-PEFT_KINDS = ["nf4", "int8", "torchao int8", "torchao int4", "diffusers gguf"]
+PEFT_KINDS = [kind for kind in KINDS if kind not in ("transformers gguf", "packed")]
 RANKS = {"q_proj": 3, "k_proj": 5, "v_proj": 8}
 X = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(4))
 
