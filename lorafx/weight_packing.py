@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 PACKS_ITSELF = "support_avx512bf16_for_cpu"
 
 
@@ -42,13 +41,11 @@ class WeightPacking:
 def _is_due(layer: nn.Module) -> bool:
     weight = layer._parameters["weight"]
     state = getattr(weight, "quant_state", None)
-    return (
-        not layer.training and weight.device.type == "cpu" and not getattr(state, "packing_format_for_cpu", False)
-    )
+    return not layer.training and weight.device.type == "cpu" and not getattr(state, "packing_format_for_cpu", False)
 
 
 def _pack(layer: Any) -> None:
-    """By a call with one row, past its hooks. A layer that takes its dtype from its first input has to wait for that."""
+    """By a call with one row, past its hooks. One that takes its dtype from its first input still waits for that."""
     bias = layer._parameters.get("bias")
     known = layer.compute_dtype, layer.compute_type_is_set
     dtype = layer.compute_dtype or (torch.float32 if bias is None else bias.dtype)

@@ -39,17 +39,26 @@ class Model(nn.Module):
         return self.attn(x)
 
 
+class FusedModel(nn.Module):
+    """q, k and v in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.attn = nn.Module()
+        self.attn.qkv_proj = nn.Linear(64, sum(wide for _, wide in SIZES.values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn.qkv_proj(x)
+
+
 def each_layer(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    for name in SIZES:
-        setattr(model.attn, name, make(getattr(model.attn, name)))
+    for name, layer in list(model.attn.named_children()):
+        setattr(model.attn, name, make(layer))
     return model
 
 
-def plain(dtype: torch.dtype) -> nn.Module:
-    return Model().to(dtype)
-
-
-def bits4(dtype: torch.dtype, quant_type: str = "nf4", double: bool = True) -> nn.Module:
+def bits4(model: nn.Module, quant_type: str = "nf4", double: bool = True) -> nn.Module:
     import bitsandbytes
 
     def make(layer: nn.Linear) -> nn.Module:
@@ -57,19 +66,19 @@ def bits4(dtype: torch.dtype, quant_type: str = "nf4", double: bool = True) -> n
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
-            compute_dtype=dtype,
+            compute_dtype=layer.weight.dtype,
             compress_statistics=double,
             quant_type=quant_type,
         )
         new.load_state_dict(layer.state_dict())
         return new.to("cpu")
 
-    model = each_layer(plain(dtype), make)
+    each_layer(model, make)
     model.is_loaded_in_4bit = True  # as transformers marks a model, and PEFT wants it
     return model
 
 
-def int8(dtype: torch.dtype, threshold: float = 6.0) -> nn.Module:
+def int8(model: nn.Module, threshold: float = 6.0) -> nn.Module:
     import bitsandbytes
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -82,20 +91,19 @@ def int8(dtype: torch.dtype, threshold: float = 6.0) -> nn.Module:
         new.load_state_dict(layer.state_dict())
         return new.to("cpu")
 
-    model = each_layer(plain(dtype), make)
+    each_layer(model, make)
     model.is_loaded_in_8bit = True
     return model
 
 
-def torchao(dtype: torch.dtype, config: str, **settings: Any) -> nn.Module:
+def torchao(model: nn.Module, config: str, **settings: Any) -> nn.Module:
     import torchao.quantization
 
-    model = plain(dtype)
     torchao.quantization.quantize_(model, getattr(torchao.quantization, config)(**settings))
     return model
 
 
-def diffusers_gguf(dtype: torch.dtype) -> nn.Module:
+def diffusers_gguf(model: nn.Module) -> nn.Module:
     """diffusers keeps the layers of a GGUF file as they are there, and dequantises at each call."""
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
     from gguf import GGMLQuantizationType, quants
@@ -103,16 +111,18 @@ def diffusers_gguf(dtype: torch.dtype) -> nn.Module:
     kind = GGMLQuantizationType.Q8_0
 
     def make(layer: nn.Linear) -> nn.Module:
-        new = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype)
+        new = GGUFLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype
+        )
         packed = torch.from_numpy(quants.quantize(layer.weight.detach().float().numpy(), kind))
         new.weight = GGUFParameter(packed, quant_type=kind)
         new.bias = layer.bias
         return new
 
-    return each_layer(plain(dtype), make)
+    return each_layer(model, make)
 
 
-def transformers_gguf(dtype: torch.dtype) -> nn.Module:
+def transformers_gguf(model: nn.Module) -> nn.Module:
     """What transformers keeps of a GGUF file where it has a kernel for it. Without one these layers run too, from 9
     rows on."""
     from gguf import GGMLQuantizationType, quants
@@ -126,27 +136,28 @@ def transformers_gguf(dtype: torch.dtype) -> nn.Module:
         new.bias = layer.bias
         return new
 
-    return each_layer(plain(dtype), make)
+    return each_layer(model, make)
 
 
-def gptq(dtype: torch.dtype) -> nn.Module:
+def gptq(model: nn.Module) -> nn.Module:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    return gptqmodel_model(TorchLinear, dtype)
+    return gptqmodel_model(TorchLinear, model)
 
 
-def awq(dtype: torch.dtype) -> nn.Module:
+def awq(model: nn.Module) -> nn.Module:
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
-    return gptqmodel_model(AwqTorchLinear, dtype)
+    return gptqmodel_model(AwqTorchLinear, model)
 
 
-def gptqmodel_model(cls: type, dtype: torch.dtype) -> nn.Module:
-    model = each_layer(plain(dtype), lambda layer: gptqmodel_layer(cls, layer))
-    model.register_parameter("any", nn.Parameter(torch.zeros(1)))  # PEFT asks the first one where it is; these have none
+def gptqmodel_model(cls: type, model: nn.Module) -> nn.Module:
+    each_layer(model, lambda layer: gptqmodel_layer(cls, layer))
+    model.register_parameter("any", nn.Parameter(torch.zeros(1)))  # PEFT asks the first one where it is
     return model
 
 
+@torch.no_grad()
 def gptqmodel_layer(cls: type, layer: nn.Linear, group: int = 32) -> nn.Module:
     """Rounded to 4 bits, each ``group`` of input features from its smallest to its largest weight."""
     columns, rows = layer.in_features, layer.out_features
@@ -178,11 +189,11 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
-def packed(dtype: torch.dtype) -> nn.Module:
-    return each_layer(plain(dtype), PackedLinear)
+def packed(model: nn.Module) -> nn.Module:
+    return each_layer(model, PackedLinear)
 
 
-KINDS: dict[str, tuple[Callable[[torch.dtype], nn.Module], list[str]]] = {  # and the packages that it needs
+KINDS: dict[str, tuple[Callable[[nn.Module], nn.Module], list[str]]] = {  # and the packages that it needs
     "nf4": (bits4, ["bitsandbytes"]),  # with its scales quantised too
     "fp4": (partial(bits4, quant_type="fp4", double=False), ["bitsandbytes"]),
     "int8": (int8, ["bitsandbytes"]),
@@ -208,10 +219,10 @@ def need(*packages: str) -> None:
             pytest.skip(f"{package} is not installed here; `make quantised` runs this with it")
 
 
-def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def build(kind: str, dtype: torch.dtype = torch.float32, make: type[nn.Module] = Model) -> Any:
     """A quantised model, in eval mode; skips the test where its package is not installed."""
-    make, packages = KINDS[kind]
+    quantise, packages = KINDS[kind]
     need(*packages)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make(dtype).eval()
+        return quantise(make().to(dtype)).eval()
