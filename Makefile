@@ -20,7 +20,7 @@ test: $(READY) lint quantised
 # (no network) CI fails; others run the rest of the tests, which name what they skip
 quantised: $(READY)
 	@if $(MAKE) --no-print-directory $(QUANTISED)/.ready; then \
-	  LORAFX_QUANTISED=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(QUANTISED) $(BIN)/python -m pytest \
+	  LORAFX_QUANTISED=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(QUANTISED) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
 	    tests/integration/test_quantised_*.py 'tests/test_docs.py::test_code_runs[docs/start/bases.md]'; \
 	elif [ -n "$$CI" ]; then exit 1; \
 	else echo 'tests of quantised bases: NOT RUN, as their packages could not be installed'; fi

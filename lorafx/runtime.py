@@ -38,7 +38,7 @@ log = logging.getLogger("lorafx")
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_packing", "graphs")
+NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_calls", "_packing", "graphs")
 
 
 class Runtime:
@@ -66,6 +66,7 @@ class Runtime:
         self._entries: dict[str, Callable[..., Any]] = {}  # by the name of what is compiled
         self._making_entry = threading.Lock()
         self._forced_eager = 0
+        self._calls = 0
         self._packing = WeightPacking(self.root)
         self._hooks: list[Any] = []
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
@@ -274,6 +275,7 @@ class Runtime:
                 stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())
             self._check_rows()
+            self._calls += 1
             return self.entry()(*args, **kwargs)
 
     def prompt(self, args: Sequence[Any], kwargs: dict[str, Any], offsets: Any = None) -> Prompt | None:
@@ -311,10 +313,14 @@ class Runtime:
         return compile_graph(gm, inputs, self.options, self.bank, self._keep)
 
     def _keep(self, graph: GraphRecord) -> None:
+        graph.call = self._calls
         self.graphs.append(graph)
-        of_frame = [kept.shapes for kept in self.graphs[self._retraced_at :] if kept.frame == graph.frame]
-        if len(of_frame) == MANY:
-            warn_once(advice(type(self.root).__name__, of_frame))
+        by_call: dict[int, Any] = {}  # layers that break the graph have many in one call, whatever its inputs are
+        for kept in self.graphs[self._retraced_at :]:
+            if kept.frame == graph.frame:
+                by_call.setdefault(kept.call, kept.shapes)
+        if len(by_call) == MANY:
+            warn_once(advice(type(self.root).__name__, list(by_call.values())))
 
     def _needs_eager(self) -> bool:
         """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row. Beside a
