@@ -28,13 +28,15 @@ class WeightPacking:
         """Whether a call can be compiled: no layer will change its weights in it. Packs them, without gradients."""
         if self._layers is None:
             self._layers = [layer for layer in self._root.modules() if getattr(layer, PACKS_ITSELF, False)]
-        if not any(map(_is_due, self._layers)):
+        if not self._layers:
             return True
-        if torch.is_grad_enabled():
-            return False
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            for layer in filter(_is_due, self._layers):
-                _pack(layer)
+        with self._lock:  # also to look: a layer that is being packed says that it is before its weight changes
+            due = [layer for layer in self._layers if _is_due(layer)]
+            if due and torch.is_grad_enabled():
+                return False
+            with torch.inference_mode(False), torch.no_grad():
+                for layer in due:
+                    _pack(layer)
         return True
 
 

@@ -5,6 +5,7 @@ On other CPUs nothing packs, and these tests hold of themselves.
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -86,11 +87,10 @@ def test_threads_that_come_first_together(how, monkeypatch):
         inside.append(1)
         most.append(len(inside))
         count.append(1)
-        time.sleep(0.05)
-        try:
-            return pack(*args)
-        finally:
-            inside.pop()
+        done = pack(*args)  # which says already that the layer is packed; its weight follows
+        time.sleep(0.1)
+        inside.pop()
+        return done
 
     model = trainable().eval()
     lorafx.compile(model, **how)
@@ -100,6 +100,33 @@ def test_threads_that_come_first_together(how, monkeypatch):
         time.sleep(1)
     assert set(most) <= {1}
     assert len(count) in (0, len(SIZES))
+
+
+def test_a_thread_that_comes_while_the_last_layer_is_packed(monkeypatch):
+    """It says already that it is packed, and its weight is still as it was."""
+    need("bitsandbytes")
+    import bitsandbytes.nn.modules as theirs
+
+    model, pack, late, got = trainable().eval(), theirs._convert_weight_packed_for_cpu, [], []
+    lorafx.compile(model, mode="eager")
+    want = call(trainable().eval())
+
+    def and_then_another_comes(*args):
+        done = pack(*args)
+        late.append(None)
+        if len(late) == len(SIZES):
+            late[-1] = threading.Thread(target=lambda: got.append(call(model)))
+            late[-1].start()
+            late[-1].join(timeout=0.5)
+        return done
+
+    monkeypatch.setattr(theirs, "_convert_weight_packed_for_cpu", and_then_another_comes)
+    got.append(call(model))
+    for thread in late[-1:]:
+        thread.join()
+        assert len(got) == 2
+    for each in got:
+        check(each, want)
 
 
 def check(got, want):
