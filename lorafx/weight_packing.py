@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafx.interrupts import uninterrupted
+
 PACKS_ITSELF = "support_avx512bf16_for_cpu"
 
 
@@ -36,7 +38,8 @@ class WeightPacking:
                 return False
             with torch.inference_mode(False), torch.no_grad():
                 for layer in due:
-                    _pack(layer)
+                    with uninterrupted():  # a layer half packed is a wrong one
+                        _pack(layer)
         return True
 
 

@@ -5,6 +5,7 @@ On other CPUs nothing packs, and these tests hold of themselves.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -127,6 +128,34 @@ def test_a_thread_that_comes_while_the_last_layer_is_packed(monkeypatch):
         assert len(got) == 2
     for each in got:
         check(each, want)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_layer(monkeypatch):
+    need("bitsandbytes")
+    import bitsandbytes.nn.modules as theirs
+
+    model, pack = trainable().eval(), theirs._convert_weight_packed_for_cpu
+    lorafx.compile(model, mode="eager")
+    want = call(trainable().eval())
+
+    def interrupted(*args):
+        done = pack(*args)
+        signal.raise_signal(signal.SIGINT)
+        return done
+
+    if any(packed_by_a_call()):
+        monkeypatch.setattr(theirs, "_convert_weight_packed_for_cpu", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(model)
+        monkeypatch.undo()
+        assert packed(model) == [True, False, False]
+    check(call(model), want)
+
+
+def packed_by_a_call():
+    model = build("nf4")
+    call(model)
+    return packed(model)
 
 
 def check(got, want):
