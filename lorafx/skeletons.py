@@ -175,8 +175,8 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
             if not is_supported(module) or other_variants(module):
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
-                    " on linear layers, embeddings, Conv2d and the weights of experts. Load it with PEFT and pass the"
-                    " PeftModel: that layer then stays as PEFT has it."
+                    " on linear layers, embeddings, Conv2d and the weights of experts and routers. Load it with PEFT"
+                    " and pass the PeftModel: that layer then stays as PEFT has it."
                 )
             if reason := why_not_wrapped(module) or why_not(module.get_base_layer()):
                 raise AdapterFormatError(
