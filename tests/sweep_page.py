@@ -17,7 +17,8 @@ Entry = Mapping[str, Any]
 HEAD = """# Swept
 
 What `python -m tests.sweep --out docs/sweep.json` found on
-{versions}: model types, made tiny from its config class alone by rules on the names of fields, with two adapters of different rank on every linear layer
+{versions}: model types, made tiny from
+their config classes alone by rules on the names of fields, with two adapters of different rank on every linear layer
 (PEFT's `all-linear`; where PEFT can't run that, every `nn.Linear`), whose B is random. Held against PEFT, run eagerly
 in float32: each adapter, a batch whose rows have one, the other or none, and idle; once as a PeftModel compiled in
 place and once from the adapter's files. Every rewrite was proved (`validate=True`), and the graphs ran without
