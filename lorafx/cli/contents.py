@@ -149,7 +149,8 @@ def read_contents(path: Path) -> Contents:
     layers, others = _sort(tensors.shapes, config)
     contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
     contents.problems += _wrong_shapes(layers)
-    extra = [kind for kind, has in (("DoRA", config.use_dora), ("modules_to_save", config.modules_to_save)) if has]
+    kinds = {"use_dora": "DoRA", "modules_to_save": "modules_to_save", "trainable_token_indices": "trainable tokens"}
+    extra = [kind for field, kind in kinds.items() if getattr(config, field)]
     contents.notes += [f"it uses {kind}" for kind in extra]
     if config.alora_invocation_tokens:
         contents.notes.append(f"it is aLoRA: it begins at the tokens {show(config.alora_invocation_tokens)}")
