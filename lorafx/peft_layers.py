@@ -295,6 +295,12 @@ class ForwardHooks:
     def _as_pefts(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """One thread at a time: PEFT puts its hooks on layers that all threads call."""
         runtime, hooks = self.runtime, type(self.tuner)._enable_peft_forward_hooks
+        names = kwargs.get("adapter_names")
+        if isinstance(names, Mapping) or getattr(names, "weighted", False):
+            raise UnsupportedModelError(
+                "adapter_names weigh adapters, and this call runs as PEFT computes it, which has no weights for a row."
+                " add_weighted_adapter makes one adapter of several; lorafx.explain(model) says what is left to PEFT."
+            )
         with runtime.bank.excluding(), cleaned_on_error(self.tuner), runtime.eagerly():
             try:
                 with hooks(self.tuner, *args, **kwargs):

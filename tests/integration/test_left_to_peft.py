@@ -141,6 +141,8 @@ def test_names_that_peft_refuses_are_refused_by_name_and_break_nothing(kind, mod
         assert_close(run(model, inputs), want)
         with pytest.raises(lorafx.UnsupportedModelError, match=said):
             run(model, inputs, ["default", "__base__"] * 2)
+        with pytest.raises(lorafx.UnsupportedModelError, match="adapter_names"):
+            run(model, inputs, [{"default": 0.5}, None] * 2)
     with model.disable_adapter(), reference.disable_adapter():
         assert_close(run(model, inputs), run(reference, inputs))
 
