@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -63,6 +63,8 @@ class PeftsRows(Mapping[str, TokenRows]):
 
 def unsuitable_for_rows(module: nn.Module) -> str | None:
     """Why rows of this module's weight can't be put into what it gives; None if they can."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "another adapter has a copy of the same module"
     weight = module._parameters.get("weight")
     if not isinstance(module, (nn.Linear, nn.Embedding)) or type(weight) is not nn.Parameter:
         return f"a {type(module).__name__} is no plain embedding or linear layer"
