@@ -227,3 +227,18 @@ def test_bad_tensors_and_places(made, tmp_path):
     store = lorafx.compile(build("llama"), lorafx.AdapterStore(folders), max_adapters=2, mode="eager")
     with pytest.raises(lorafx.UnsupportedModelError, match=r"brings its own model.embed_tokens"):
         store.lora.use("one")
+
+
+def test_the_table_says_what_is_more_than_plain_lora(made, tmp_path):
+    folders, _ = made("llama")
+    dora, late = str(tmp_path / "dora"), str(tmp_path / "late")
+    get_peft_model(build("llama"), config(target_modules=["q_proj"], use_dora=True)).save_pretrained(dora)
+    fields = {"target_modules": ["q_proj"], "alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}
+    get_peft_model(build("llama"), config(**fields)).save_pretrained(late)
+    model = lorafx.compile(build("llama"), {"plain": folders["plain"]}, mode="eager")
+    assert "kind" not in model.lora.table()[0]
+    for name, folder in (("one", folders["one"]), ("dora", dora), ("late", late)):
+        model.lora.load(name, folder)
+    kinds = {row["name"]: row["kind"] for row in model.lora.table()}
+    assert kinds == {"plain": "", "one": "its own embed_tokens", "dora": "DoRA", "late": "aLoRA"}
+    assert "its own embed_tokens" in repr(model.lora)
