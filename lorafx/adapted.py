@@ -74,7 +74,10 @@ class Adapted(nn.Module):  # a layer takes this class in place of PEFT's, which 
 
     def _with_gradients(self, selection: Selection, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The selection row by row, through PEFT's own modules, so that every gradient is there."""
-        y = self.base_layer(x, *args, **kwargs)
+        return self._added_to(self.base_layer(x, *args, **kwargs), selection, x)
+
+    def _added_to(self, y: Tensor, selection: Selection, x: Tensor) -> Tensor:
+        """``y``, the layer's own output, and what the adapters make of ``x``."""
         described = describe(self.base_layer, y)
         shape = tuple(x.shape) if described is None else rows_shape(described[1], tuple(x.shape))
         check_rows(self._lorafx_bank, self._lorafx_site, shape, len(selection))

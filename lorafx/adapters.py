@@ -27,7 +27,7 @@ class SiteShape:
     bias: bool
     scale: float
     dora: bool = False
-    experts: int = 0  # whose rank rows these are together; 0: a layer, not the weights of experts
+    experts: int = 0  # whose rank rows these are together; 0: a layer; 1: a parameter that is a linear layer's weight
 
     @property
     def elements(self) -> int:

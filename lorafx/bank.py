@@ -19,6 +19,7 @@ from lorafx.dora import check_layers
 from lorafx.errors import AdapterMismatchError, CapacityError, LorafxError, UnsupportedModelError
 from lorafx.growing import larger, why_larger
 from lorafx.interrupts import uninterrupted
+from lorafx.passes.naming import last_name
 from lorafx.saved_modules import Copies, copies_for
 from lorafx.selection import NOTHING, Selection, names_in
 from lorafx.store import PackedStore
@@ -376,7 +377,7 @@ class AdapterBank(Choosing):
         return {
             "name": name,
             "rank": ", ".join(map(str, weights.ranks)),
-            "targets": ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in weights.sites)),
+            "targets": ", ".join(dict.fromkeys(map(last_name, weights.sites))),
             "layers": len(weights.sites),
             "bytes": weights.elements() * self.store.storage.element_size(),
             "in use": "yes" if name in names_in(self.in_use) else "",

@@ -53,7 +53,7 @@ def compile(
         ``AdapterStore``, which holds more adapters than there is room for
     max_adapters, max_rank, target_modules: reserve room, so that adapters loaded later need no new trace: that many
         adapters, of up to that rank (default: the largest given), on layers with these names. Weights of experts
-        have no such name: with max_adapters, room for them comes with an adapter of them that is given
+        and routers have no such name: with max_adapters, room for them comes with an adapter of them that is given
     fused: layers that compute several projections at once, for adapters that were trained on each alone: ``{name: parts
         in order}``, or ``{name: {part: width}}`` where neither the model's config nor the adapter tells how wide each
         is. ``qkv_proj``, ``gate_up_proj`` and those of diffusers' ``fuse_qkv_projections`` are known
@@ -125,7 +125,7 @@ def compile(
         path, reason = next(iter(unfused.items()))
         warn_once(
             f"lorafx: {len(unfused)} layer(s) are left to PEFT, such as {path}: {reason}. lorafx.explain(model) lists"
-            " them; LoRA on linear layers, embeddings, Conv2d and the weights of experts is fused."
+            " them; LoRA on linear layers, embeddings, Conv2d and the weights of experts and routers is fused."
         )
     return model
 

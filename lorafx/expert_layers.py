@@ -7,17 +7,13 @@ along which token it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
-from lorafx.adapted import ADAPTED, PLAIN, Adapted, needs_gradients
 from lorafx.bank import AdapterBank, bank_of
-from lorafx.errors import UnsupportedModelError
-from lorafx.experts import wrappers_from
 from lorafx.kernels.experts import expert_delta, set_expert_site_forward
 from lorafx.selection import Selection
 from lorafx.sites import MARKERS, check_rows
@@ -90,107 +86,41 @@ def apply_expert_site(
     slots = dict.fromkeys(slot for row in routing.rows for slot, _ in row if name in store.taken[slot])
     check_rows(bank, site, (total, x.shape[1]), named)
     rows = tokens * named // total if named > 1 else torch.zeros_like(tokens)
-    out = y
+    experts, out = store.sites[site].experts, y
     for slot in slots:
-        mine = torch.where(routing.slots == slot, routing.weights, 0).sum(1)[rows]
+        here = routing.slots == slot
+        gates = (torch.where(here, routing.weights, 0).sum(1) * store.scale[slot, site])[rows]
         a, b, _ = store.views(slot, name)
-        gates = mine * store.scale[slot, site]
-        delta = expert_delta(x, ids, gates, a, b.t(), store.sites[site].experts)
-        out = out.to(delta.dtype) + delta
+        if all(slot in dict(row) for row in routing.rows) or (x.is_cuda and len(ids) <= experts):
+            delta = expert_delta(x, ids, gates, a, b.t(), experts)
+            out = out.to(delta.dtype) + delta
+        else:  # the pairs of its rows alone; to count them a GPU is waited for, as it is for more pairs than experts
+            mine = here.any(1)[rows].nonzero()[:, 0]
+            delta = expert_delta(x[mine], ids[mine], gates[mine], a, b.t(), experts)
+            out = out.to(delta.dtype).index_add(0, mine, delta)
     return out.to(y.dtype)
 
 
-class AdaptedExperts(Adapted, ParamWrapper):
-    """PEFT's LoRA on a parameter of experts. The outermost wrapper runs the module, for all of them."""
+def in_parameters(bank: AdapterBank, wrappers: Iterable[ParamWrapper], selection: Selection) -> Adapt:
+    """The selection row by row, with PEFT's own parameters, so that every gradient is there."""
+    by_name = {wrapper.parameter_name: wrapper for wrapper in wrappers}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            return super(Adapted, self).forward(x, *args, **kwargs)
-        wrappers = list(wrappers_from(self))
-        compiling, bank = torch.compiler.is_compiling(), self._lorafx_bank
-        gradients = any(needs_gradients(wrapper) for wrapper in wrappers)
-        if not compiling and (bank.chosen is None or self.disable_adapters):
-            return super(Adapted, self).forward(x, *args, **kwargs)
-        if compiling and gradients:
-            return super(Adapted, self).forward(x, *args, **kwargs)
-        if not compiling:
-            self._check_unmerged(wrappers)
-        if gradients:
-            adapt = self._with_parameters(wrappers, bank.chosen)
-        else:
-            adapt = in_bank(bank, {wrapper.parameter_name: wrapper._lorafx_site for wrapper in wrappers})
-        return run_experts(self.get_base_layer(), x, *args, **kwargs, adapt=adapt)
+    def adapt(name: str, y: Tensor, x: Tensor, ids: Tensor, tokens: Tensor, total: int) -> Tensor:
+        layer = by_name.get(name)
+        if layer is None:
+            return y
+        check_rows(bank, layer._lorafx_site, (total, x.shape[1]), len(selection))
+        rows = tokens * len(selection) // total
+        out = y
+        for adapter in dict.fromkeys(each for row in selection for each, _ in row if each in layer.lora_A):
+            weights = [sum(weight for each, weight in row if each == adapter) for row in selection]
+            gates = torch.tensor(weights, device=x.device, dtype=torch.float32)[rows] * layer.scaling[adapter]
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            delta = expert_delta(x, ids, gates, a, b.t(), layer.num_experts)
+            out = out.to(delta.dtype) + delta
+        return out.to(y.dtype)
 
-    def _check_unmerged(self, wrappers: Iterable[ParamWrapper]) -> None:
-        merged = dict.fromkeys(name for wrapper in wrappers for name in wrapper.merged_adapters)
-        if merged:
-            raise UnsupportedModelError(
-                f"{', '.join(merged)} is merged into the base weights, which every row reads;"
-                " unmerge_adapter() before choosing adapters with model.lora.use or adapter_names."
-            )
-
-    def _with_parameters(self, wrappers: Iterable[ParamWrapper], selection: Selection) -> Adapt:
-        """The selection row by row, with PEFT's own parameters, so that every gradient is there."""
-        by_name = {wrapper.parameter_name: wrapper for wrapper in wrappers}
-
-        def adapt(name: str, y: Tensor, x: Tensor, ids: Tensor, tokens: Tensor, total: int) -> Tensor:
-            layer = by_name.get(name)
-            if layer is None:
-                return y
-            check_rows(self._lorafx_bank, layer._lorafx_site, (total, x.shape[1]), len(selection))
-            rows = tokens * len(selection) // total
-            out = y
-            for adapter in dict.fromkeys(each for row in selection for each, _ in row if each in layer.lora_A):
-                weights = [sum(weight for each, weight in row if each == adapter) for row in selection]
-                gates = torch.tensor(weights, device=x.device, dtype=torch.float32)[rows] * layer.scaling[adapter]
-                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                delta = expert_delta(x, ids, gates, a, b.t(), layer.num_experts)
-                out = out.to(delta.dtype) + delta
-            return out.to(y.dtype)
-
-        return adapt
-
-
-class ExpertsForward:
-    """The ``forward`` of experts of a plain model. sites: by parameter; a new store changes them"""
-
-    _lorafx_experts = True
-
-    def __init__(self, module: nn.Module, bank: AdapterBank) -> None:
-        self.module, self.bank = module, bank
-        self.sites: dict[str, int] = {}
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        adapt = in_bank(self.bank, self.sites)
-        return run_experts(self.module, hidden_states, top_k_index, top_k_weights, adapt)
-
-
-def attach(root: nn.Module, bank: AdapterBank, sites: Iterable[str]) -> None:
-    """Have the modules of these sites run by lorafx, and those of no site by themselves again."""
-    wanted: dict[str, dict[str, int]] = {}
-    for path in sites:
-        module, _, parameter = path.rpartition(".")
-        wanted.setdefault(module, {})[parameter] = bank.store.index[path]
-    for path, module in root.named_modules():
-        if path not in wanted:
-            detach(module, bank)
-    for path, parameters in wanted.items():
-        module = root.get_submodule(path)
-        if not isinstance(vars(module).get("forward"), ExpertsForward):
-            vars(module)["forward"] = ExpertsForward(module, bank)
-        vars(module)["forward"].sites = parameters
-
-
-def detach(module: nn.Module, bank: AdapterBank) -> None:
-    """Undo ``attach`` on one module."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, ExpertsForward) and forward.bank is bank:
-        del vars(module)["forward"]
-
-
-AdaptedExperts.__name__ = ParamWrapper.__name__  # by which PEFT itself looks for wrappers
-ADAPTED[ParamWrapper] = AdaptedExperts
-PLAIN[AdaptedExperts] = ParamWrapper
+    return adapt
 
 
 def _op_forward(y: Tensor, x: Tensor, ids: Tensor, tokens: Tensor, total: int, key: int, site: int) -> Tensor:

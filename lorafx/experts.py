@@ -1,8 +1,9 @@
-"""Experts whose weights PEFT adapts as parameters (``target_parameters``): which can be, and what they are called.
+"""Parameters that PEFT adapts (``target_parameters``): which can be, and what their sites are called.
 
 All experts of a layer are one module with weights ``[experts, out, in]``. PEFT puts a ``ParamWrapper`` around it for
 each adapted weight, one around the other. A site is called by its weight, ``model.layers.0.mlp.experts.down_proj``:
-which wrapper is the outer one is PEFT's affair.
+which wrapper is the outer one is PEFT's affair. Their router has a weight ``[experts, in]``, a linear layer's
+(``linear_parameters.py``); to PEFT, that is one of a single expert.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
+from lorafx.linear_parameters import is_linear_weight
 
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")  # of transformers' use_experts_implementation
 ORDER = ("gate_up_proj", "up_proj", "down_proj")  # as transformers registers them; PEFT wraps the first one first
@@ -55,7 +57,7 @@ def module_of(root: nn.Module, site: str) -> nn.Module:
 
 
 def widths_at(root: nn.Module, site: str) -> tuple[int, int, int] | None:
-    """(in, out, experts) of an expert parameter that can be adapted; None: there is none of that name"""
+    """(in, out, experts) of a parameter that can be adapted; None: there is none of that name"""
     try:
         module = module_of(root, site)
     except AttributeError:
@@ -63,30 +65,49 @@ def widths_at(root: nn.Module, site: str) -> tuple[int, int, int] | None:
     name = site.rpartition(".")[2]
     if why_not(module, name) is not None:
         return None
-    experts, out, width = module._parameters[name].shape
+    weight = module._parameters[name]
+    if weight.dim() == 2:
+        return weight.shape[1], weight.shape[0], 1
+    experts, out, width = weight.shape
     return (out, width, experts) if module.is_transposed else (width, out, experts)
 
 
 def why_not(module: nn.Module, parameter: str) -> str | None:
     """Why lorafx can't run LoRA on this parameter; None if it can.
 
-    The forward of a module is known where transformers itself may exchange it (``use_experts_implementation``): its
-    products are then those of ``transformers/integrations/moe.py``.
+    The weight of a linear layer is known by what the forward does with it. The forward of experts is known where
+    transformers itself may exchange it (``use_experts_implementation``): its products are then those of
+    ``transformers/integrations/moe.py``.
     """
     weight = module._parameters.get(parameter)
-    if weight is None or weight.dim() != 3 or not all(flag in vars(module) for flag in FLAGS):
+    linear = weight is not None and weight.dim() == 2 and is_linear_weight(module, parameter)
+    experts = weight is not None and weight.dim() == 3 and all(flag in vars(module) for flag in FLAGS)
+    if not linear and not experts:
         return f"{parameter} of a {type(module).__name__} (target_parameters), whose products lorafx does not know"
+    if weight.dtype not in DTYPES:
+        return f"{parameter} in {weight.dtype}"
+    if vars(module).get("forward") is not forward_of_ours(module):
+        return f"{parameter} of a {type(module).__name__} that something has put another forward on"
+    return _why_no_experts(module, parameter) if experts else None
+
+
+def _why_no_experts(module: nn.Module, parameter: str) -> str | None:
     if not hasattr(type(module).forward, "__wrapped__") or not hasattr(type(module), "_apply_gate"):
         return f"{parameter} of a {type(module).__name__}, which has a forward of its own"
     if parameter not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         return f"{parameter} of a {type(module).__name__}, which is no product of its"
-    if weight.dtype not in DTYPES:
-        return f"{parameter} in {weight.dtype}"
     if getattr(module, "_is_expert_parallel", False):
         return f"{parameter} of experts that are spread over devices"
-    if vars(module).get("forward") is not forward_of_ours(module):
-        return f"{parameter} of a {type(module).__name__} that something has put another forward on"
     return None
+
+
+def is_of_experts(root: nn.Module, site: str) -> bool:
+    """Whether this site is a weight of experts, and not that of a linear layer."""
+    try:
+        parameter = module_of(root, site)._parameters.get(site.rpartition(".")[2])
+    except AttributeError:
+        return False
+    return parameter is not None and parameter.dim() == 3
 
 
 def check_named(name: str, root: nn.Module, config: LoraConfig) -> None:
@@ -122,7 +143,7 @@ def named_as(name: str, parameters: Iterable[str], others: Iterable[LoraConfig])
 def forward_of_ours(module: nn.Module) -> object | None:
     """What lorafx has put in the place of this module's ``forward``, if it has."""
     forward = vars(module).get("forward")
-    return forward if hasattr(type(forward), "_lorafx_experts") else None
+    return forward if hasattr(type(forward), "_lorafx_parameters") else None
 
 
 def why_not_wrapped(layer: nn.Module) -> str | None:
@@ -141,6 +162,7 @@ def parted(layers: Mapping[str, nn.Module]) -> list[str]:
 __all__ = [
     "check_named",
     "forward_of_ours",
+    "is_of_experts",
     "layer_at",
     "module_of",
     "named_as",

@@ -14,6 +14,7 @@ from torch import nn
 from lorafx import drawing, layer_kinds
 from lorafx.backend import GraphRecord, recent
 from lorafx.errors import LorafxError
+from lorafx.experts import is_of_experts
 from lorafx.footprint import Memory, Ranks, WorkTable, memory_of, ranks_in_bank, ranks_in_graph, work_of
 from lorafx.kernels import experts, layer_ops
 from lorafx.kernels.cost import GPUS
@@ -274,7 +275,7 @@ def _groups_from_modules(runtime: Runtime) -> list[FusedGroup]:
     bank = runtime.bank
     for site in bank.store.sites:
         branch = FusedBranch(site.name, site.in_features, site.out_features)
-        if site.experts:
+        if site.experts and is_of_experts(runtime.root, site.name):
             others.append(FusedGroup(site.parent, (branch,), "aten", "expert_site", experts.REASON))
             continue
         layer = runtime.fused.module_of(site.name)

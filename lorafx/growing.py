@@ -9,9 +9,10 @@ from torch import nn
 from lorafx.adapters import AdapterWeights
 from lorafx.store import PackedStore, Site
 
-RESERVED_BY = {  # by whether they are weights of experts, which target_modules can't name
+RESERVED_BY = {  # by whether they are parameters, which target_modules can't name
     False: "target_modules reserves room there",
-    True: "room for experts comes with an adapter of them given to lorafx.compile, with max_adapters",
+    True: "room for weights of experts and routers comes with an adapter of them given to lorafx.compile, with"
+    " max_adapters",
 }
 
 
@@ -19,8 +20,8 @@ def why_larger(store: PackedStore, adapter: AdapterWeights) -> str:
     """What ``store`` has no place for."""
     missing = {path: shape for path, shape in adapter.shapes.items() if path not in store.index}
     if missing:
-        of_experts = {bool(shape.experts) for shape in missing.values()}
-        cures = [cure for which, cure in RESERVED_BY.items() if which in of_experts]
+        of_parameters = {bool(shape.experts) for shape in missing.values()}
+        cures = [cure for which, cure in RESERVED_BY.items() if which in of_parameters]
         return (
             f"adapter {adapter.name!r} adapts {len(missing)} layer(s) that none did before, such as"
             f" {next(iter(missing))} ({'; '.join(cures)})"

@@ -1,5 +1,5 @@
 """Which layers can be adapted, how wide they are, and how the marker of each is made: linear ones, embeddings, Conv2d.
-Weights of experts are no layers (``experts.py``).
+Adapted parameters, of experts and routers, are no layers (``experts.py``).
 
 The bank knows rank rows only. An embedding from ``entries`` to ``width`` is a layer of as many features; a convolution
 is one from ``channels * height * width`` of its kernel to its output channels.

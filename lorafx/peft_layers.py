@@ -269,7 +269,7 @@ class ForwardHooks:
             warn_once(
                 f"lorafx: adapter_names on a model with {len(runtime.unfused)} layer(s) that are left to PEFT:"
                 " such calls run as PEFT computes them, uncompiled. LoRA on linear layers, embeddings, Conv2d and the"
-                " weights of experts is compiled."
+                " weights of experts and routers is compiled."
             )
             with self._as_pefts(*args, **kwargs):
                 yield

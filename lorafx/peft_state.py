@@ -120,7 +120,7 @@ def _way_to(root: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Mo
     """Each step from ``root`` to the module at ``path``."""
     steps, module = [], root
     for name in path.split("."):
-        if name not in module._modules:  # the weight of experts: PEFT's wrapper stands where they did
+        if name not in module._modules:  # a parameter: PEFT's wrapper stands where its module did
             break
         steps.append((module._modules, name, module._modules[name]))
         module = module._modules[name]

@@ -1,7 +1,7 @@
 """The parameters of PEFT's LoRA layers, wherever a kind of layer keeps them, and what they are as rank rows.
 
-A linear layer, a convolution and a wrapper around a parameter (of experts) have modules with weights, an embedding has
-bare parameters.
+A linear layer, a convolution and a wrapper around a parameter have modules with weights, an embedding has bare
+parameters.
 """
 
 from __future__ import annotations

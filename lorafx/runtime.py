@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx import adapted, expert_layers, peft_arguments, peft_layers, peft_methods, root_forward, saved_layers
+from lorafx import adapted, parameter_layers, peft_arguments, peft_layers, peft_methods, root_forward, saved_layers
 from lorafx.backend import GraphRecord, Options, compile_graph
 from lorafx.bank import AdapterBank
 from lorafx.diffusers_scale import scale_in, scaled, without_scale
@@ -129,7 +129,7 @@ class Runtime:
                 vars(module).pop(name, None)
 
     def drop_hooks(self, module: nn.Module) -> None:
-        expert_layers.detach(module, self.bank)
+        parameter_layers.detach(module, self.bank)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, RefuseNames) or (
@@ -158,10 +158,10 @@ class Runtime:
         parts = self.fused.find()
         modules = dict(self.root.named_modules())
         standing = [path for path in self.bank.store.index if path in modules or path not in parts]
-        experts = [s.name for s in self.bank.store.sites if s.experts and s.name not in self.peft]
-        standing = [path for path in standing if path not in experts]
+        parameters = [s.name for s in self.bank.store.sites if s.experts and s.name not in self.peft]
+        standing = [path for path in standing if path not in parameters]
         new = [path for path in standing if path not in self.peft and path not in have]
-        new += [path.rpartition(".")[0] for path in experts]
+        new += [path.rpartition(".")[0] for path in parameters]
         check_one_place(self.root, [*new, *(path for path in saved.paths if path not in saved.wrappers)])
         for path in standing:
             site = self.bank.store.index[path]
@@ -174,7 +174,7 @@ class Runtime:
                 self._hooks.append(module.register_forward_hook(have[path], with_kwargs=True))
             have[path].site = site
             have[path].dora = self.bank.store.dora is not None and path in self.bank.store.dora.sites
-        expert_layers.attach(self.root, self.bank, experts)
+        parameter_layers.attach(self.root, self.bank, parameters)
         self._hooks += self.fused.attach()
         for path in have.keys() - self.bank.store.index.keys():  # the store that had them was given up
             self.drop_hooks(self.root.get_submodule(path))

@@ -193,8 +193,8 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
                 what = " with ".join([type(module).__name__, *kinds])
                 raise AdapterFormatError(
                     f"adapter {name!r} adapts {path}, which PEFT makes a {what} of; lorafx runs LoRA on"
-                    " linear layers, embeddings, Conv2d and the weights of experts, DoRA and aLoRA on linear layers."
-                    " Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
+                    " linear layers, embeddings, Conv2d and the weights of experts and routers, DoRA and aLoRA on"
+                    " linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
                 )
             if reason := why_not_wrapped(module) or why_not(module.get_base_layer()):
                 raise AdapterFormatError(

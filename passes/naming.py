@@ -28,13 +28,19 @@ def module_path(node: fx.Node) -> str:
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
+def last_name(path: str) -> str:
+    """What a layer is called, with its module where that alone says little: "q_proj", "to_out.0", "gate.weight"."""
+    parts = path.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() or parts[-1] == "weight" else parts[-1:])
+
+
 def told_apart(paths: Sequence[str]) -> list[str]:
     """The end of each dotted path, as long as it takes to tell it from the others: ``q_proj``, but ``q.base``."""
     shown = []
     for path in paths:
         parts = path.split(".")
         others = [other.split(".") for other in paths if other != path]
-        length = 1
+        length = last_name(path).count(".") + 1
         while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
             length += 1
         shown.append(".".join(parts[-length:]))
@@ -53,4 +59,6 @@ def _parameter_path(node: fx.Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
     source = getattr(node, "_dynamo_source", None)
-    return clean_path(source.name) if source is not None and isinstance(source.name, str) else ""
+    if source is None:
+        return ""
+    return clean_path(source.name() if callable(source.name) else source.name)  # a method up to torch 2.9

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.passes.naming import last_name
 
 from .families import FAMILIES
 from .models import EAGER_GRAPH, difference, run, save_adapters, site_of, with_peft
@@ -41,19 +42,11 @@ class Case:
     reference: PeftModel
     model: Any  # compiled, not called yet
 
-    @property
-    def in_place(self) -> bool:
-        """Whether a PeftModel was compiled: of adapted routers, which "all-linear" takes too, no file is read."""
-        return isinstance(self.model, PeftModel)
-
     def inputs(self) -> dict[str, Tensor]:
         return cast(FAMILIES[self.family].inputs(len(NAMES)), self.dtype)
 
     def one(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """The compiled model with one adapter for the whole batch."""
-        if self.in_place:
-            self.model.set_adapter(name)
-            return run(self.model, inputs)
         with self.model.lora.using(name):
             return run(self.model, inputs)
 
@@ -91,10 +84,7 @@ def make_case(name: str, kind: str, dtype: str, folder: Path) -> Case:
         b={"r": 7, "lora_alpha": 10, "target_modules": second, **common},
     )
     reference = with_peft(family.build(layers, wanted), folders)
-    if experts:
-        model = lorafx.compile(with_peft(family.build(layers, wanted), folders), options=EAGER_GRAPH)
-    else:
-        model = lorafx.compile(family.build(layers, wanted), folders, options=EAGER_GRAPH)
+    model = lorafx.compile(family.build(layers, wanted), folders, options=EAGER_GRAPH)
     return Case(
         f"{name}/{kind}/{dtype}", name, kind, wanted, layers, folders, family.build(layers, wanted), reference, model
     )
@@ -108,7 +98,7 @@ def measured(case: Case) -> dict[str, Any]:
     return {
         "model": type(case.base).__name__,
         "layers": case.layers,
-        "groups": dict(Counter(" + ".join(ending(branch.name) for branch in g.branches) for g in report.groups)),
+        "groups": dict(Counter(" + ".join(last_name(branch.name) for branch in g.branches) for g in report.groups)),
         "branches": sum(len(group.branches) for group in report.groups),
         "skipped": dict(Counter(item.reason for item in report.skipped)),
         "errors": errors,
@@ -158,7 +148,7 @@ def row_errors(got: Tensor | None, want: Tensor) -> list[float] | None:
 
 def shared_inputs(model: PeftModel, inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The adapted linear layers of one module that were called with the very same tensor, seen while ``model`` runs
-    eagerly: what has to be one group each. Each weight of experts is one by itself."""
+    eagerly: what has to be one group each. Each parameter, of experts or a router, is one by itself."""
     calls: list[tuple[str, Tensor]] = []
 
     def note(path: str) -> Any:
@@ -176,15 +166,9 @@ def shared_inputs(model: PeftModel, inputs: Mapping[str, Tensor]) -> list[tuple[
     for path, x in calls:  # which keeps every x alive, so an id stands for one of them
         groups.setdefault((id(x), path.rpartition(".")[0]), []).append(path)
     wrapped = [(p, m) for p, m in model.get_base_model().named_modules() if isinstance(m, ParamWrapper)]
-    experts = [(site_of(path, module),) for path, module in wrapped if module.num_experts > 1]
-    return sorted([*experts, *(tuple(sorted(group)) for group in groups.values())])
+    parameters = [(site_of(path, module),) for path, module in wrapped]
+    return sorted([*parameters, *(tuple(sorted(group)) for group in groups.values())])
 
 
 def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-
-
-def ending(path: str) -> str:
-    """What a layer is called, with the number behind it where it has one: "q_proj", "to_out.0"."""
-    parts = path.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

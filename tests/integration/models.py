@@ -72,13 +72,13 @@ def with_peft(model: nn.Module, folders: Mapping[str, Any]) -> PeftModel:
 
 
 def adapted_layers(peft_model: nn.Module) -> set[str]:
-    """Paths, in the base model, of every layer that PEFT adapted, and of every weight of experts."""
+    """Paths, in the base model, of every layer that PEFT adapted, and of every parameter."""
     root = peft_model.get_base_model()
     return {site_of(path, module) for path, module in root.named_modules() if isinstance(module, LoraLayer)}
 
 
 def site_of(path: str, layer: nn.Module) -> str:
-    """The path of an adapted layer, or of the weight of experts that PEFT has wrapped."""
+    """The path of an adapted layer, or of the parameter that PEFT has wrapped."""
     return f"{path.partition('.base_layer')[0]}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
 
 

@@ -12,7 +12,7 @@ from transformers.integrations.moe import use_experts_implementation
 import lorafx
 
 from .models import EAGER_GRAPH, FAMILIES, assert_close, config, run
-from .test_experts import COMMON, INPUTS
+from .test_experts import COMMON, EXPERTS, INPUTS
 
 
 class Mixture(torch.nn.Module):
@@ -74,12 +74,14 @@ def test_every_kind_of_experts(flags):
 
 
 def test_through_inductor(tmp_path):
-    """The graph that users run, one layer; another adapter, another batch of names: nothing is compiled again."""
+    """The graph that users run, one layer, its router adapted too; another adapter, another batch of names: nothing is
+    compiled again."""
     family = FAMILIES["mixtral"]
     folders, want = {}, {}
     base = run(family.build(1), INPUTS)
     for seed, name in enumerate("ab"):
-        model = get_peft_model(family.build(1), config(r=3 + seed, target_modules=["q_proj"], **COMMON)).eval()
+        fields = {**COMMON, "target_parameters": [*EXPERTS, "mlp.gate.weight"]}
+        model = get_peft_model(family.build(1), config(r=3 + seed, target_modules=["q_proj"], **fields)).eval()
         model.save_pretrained(str(tmp_path / name))
         folders[name], want[name] = str(tmp_path / name), run(model, INPUTS)
     torch._dynamo.reset()
@@ -93,3 +95,4 @@ def test_through_inductor(tmp_path):
                 assert_close(got[row] - base[row], want[name][row] - base[row])
     report = lorafx.explain(model)
     assert (len(report.graphs), report.recompiles) == (1, 0)
+    assert {"model.layers.0.mlp.gate.weight"} in [{b.name for b in g.branches} for g in report.groups]

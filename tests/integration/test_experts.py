@@ -157,7 +157,7 @@ def test_first_adapter_on_experts_is_one_retrace(family, folders, wanted):
         warnings.simplefilter("ignore")
         model.lora.load("a", folders["a"])
     text = lorafx.explain(model).retraces[0]
-    assert "room for experts comes with an adapter of them given to lorafx.compile" in text
+    assert "room for weights of experts and routers comes with an adapter of them given to lorafx.compile" in text
     assert "target_modules reserves room there" in text  # for v_proj
     check_rows(run(model, INPUTS, ["a", "plain", None, "a", "a"]), ["a", "plain", None, "a", "a"], wanted)
     assert len(lorafx.explain(model).retraces) == 1
@@ -170,7 +170,7 @@ def test_room_for_experts_is_not_called_one_of_target_modules(family, folders):
         warnings.simplefilter("ignore")
         model.lora.load("c", folders["c"])
     (text,) = lorafx.explain(model).retraces
-    assert re.search(r"experts\.\w+ \(room for experts comes with an adapter of them", text)
+    assert re.search(r"experts\.\w+ \(room for weights of experts and routers comes with an adapter of them", text)
     assert "target_modules" not in text
 
 
@@ -353,25 +353,12 @@ def test_bf16_is_as_near_as_peft(folders, family):
 
 
 def test_what_is_not_known_is_refused_by_name(family, folders, tmp_path):
-    """Experts with a forward of their own, and parameters that are no products."""
+    """Experts with a forward of their own."""
     model = family.build(2)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     vars(experts)["forward"] = experts.forward
     with pytest.raises(lorafx.AdapterFormatError, match="another forward"):
         lorafx.compile(model, folders["a"], mode="eager")
-    gate = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "lora_dropout": 0.0}
-    peft_model = get_peft_model(family.build(2), config(**gate)).eval()
-    peft_model.save_pretrained(str(tmp_path))
-    with pytest.raises(lorafx.AdapterFormatError, match=r"weight of a \w+ \(target_parameters\), whose products"):
-        lorafx.compile(family.build(2), str(tmp_path), mode="eager")
-    want = run(peft_model, INPUTS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lorafx.compile(peft_model, mode="eager")
-    left = lorafx.explain(peft_model).skipped
-    assert len(left) == 2
-    assert all("ParamWrapper on weight of a" in item.reason for item in left)
-    assert_close(run(peft_model, INPUTS), want, 1e-6)
 
 
 def test_weights_that_were_read_go_onto_a_peft_model(family, folders, wanted):

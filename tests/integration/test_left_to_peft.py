@@ -1,5 +1,5 @@
-"""What stays with PEFT (LoRA on a router's weight, X-LoRA, other methods): its results, one named reason, refused by
-name from a file."""
+"""What stays with PEFT (LoRA on a parameter that is no linear layer's, X-LoRA, other methods): its results, one named
+reason, refused by name from a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .models import EAGER_GRAPH, FAMILIES, assert_close, config, run, tokens
 from .other_layers import filled
 
 KINDS = {
-    "router": (
-        FAMILIES["mixtral"],
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "lora_dropout": 0.0},
+    "table": (
+        FAMILIES["llama"],
+        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"], "lora_dropout": 0.0},
         "ParamWrapper",
     ),
 }
