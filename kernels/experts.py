@@ -9,6 +9,9 @@ was compiled. The delta weight ``B[e] @ A[e]`` is never there. Up to one pair fo
 gathered (no more than the adapter itself, and nothing waits for the device); beyond that there are two small products
 for each expert that has tokens, and their number is read from the device once.
 
+``lorafx::expert_lora`` is the same for one adapter whose weights are trained: they are its inputs, and it has a
+backward.
+
 A and B stand as PEFT has them (``peft/tuners/lora/layer.py``, ``ParamWrapper.get_delta_weight``): the rank rows of A
 expert by expert, those of B rank by rank.
 """
@@ -29,6 +32,15 @@ _library.define(
     "expert_site(Tensor y, Tensor x, Tensor ids, Tensor tokens, SymInt total, int bank, int site) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # what it reads depends on the routing of the call
 )
+_library.define(
+    "expert_lora(Tensor y, Tensor x, Tensor ids, Tensor a, Tensor b, float scale, int experts, str name) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # how many tokens an expert has is read from the device
+)
+_library.define(
+    "expert_lora_backward(Tensor grad, Tensor x, Tensor ids, Tensor a, Tensor b, float scale, int experts)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 def expert_delta(x: Tensor, ids: Tensor, gates: Tensor, a: Tensor, b: Tensor, experts: int) -> Tensor:
@@ -37,11 +49,15 @@ def expert_delta(x: Tensor, ids: Tensor, gates: Tensor, a: Tensor, b: Tensor, ex
     x: ``[pairs, in]``; ids: ``[pairs]``, ascending; gates: ``[pairs]``; a: ``[experts * rank, in]``, expert by expert;
     b: ``[rank * experts, out]``, rank by rank
     """
-    down = a.unflatten(0, (experts, -1))  # [experts, rank, in]
-    up = b.unflatten(0, (-1, experts)).transpose(0, 1)  # [experts, rank, out]
+    down, up = _by_expert(a, b, experts)
     x, gates = x.to(accumulator(x, a)), gates.to(accumulator(x, a))[:, None]
     delta = (_gathered if len(ids) <= experts else _looped)(x, ids, gates, down, up)
     return torch.where(gates != 0, delta, 0)  # rows without it stay as they are, whatever stands in x
+
+
+def _by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """``[experts, rank, in]`` and ``[experts, rank, out]``: views."""
+    return a.unflatten(0, (experts, -1)), b.unflatten(0, (-1, experts)).transpose(0, 1)
 
 
 def _gathered(x: Tensor, ids: Tensor, gates: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -92,3 +108,56 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_autograd("lorafx::expert_site", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _lora(y: Tensor, x: Tensor, ids: Tensor, a: Tensor, b: Tensor, scale: float, experts: int, name: str) -> Tensor:
+    """``[pairs, out]``, of y's dtype. a: as above; b: ``[out, rank * experts]``; name: of the weight, for a reader"""
+    delta = expert_delta(x, ids, torch.full_like(ids, scale, dtype=a.dtype), a, b.t(), experts)
+    return (y.to(delta.dtype) + delta).to(y.dtype)
+
+
+def _lora_backward(
+    grad: Tensor, x: Tensor, ids: Tensor, a: Tensor, b: Tensor, scale: float, experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, a and b, each shaped as it is. For the pairs of one expert: with s = x @ A.T and d = grad @ B * scale, that
+    is d @ A, d.T @ x and (s * scale).T @ grad."""
+    down, up = _by_expert(a, b.t(), experts)
+    wide = accumulator(x, a)
+    counts = torch.bincount(ids, minlength=experts).tolist()
+    of_x, of_down, of_up = [], torch.zeros_like(down, dtype=wide), torch.zeros(up.shape, dtype=wide, device=up.device)
+    for e, (rows, g) in enumerate(zip(x.to(wide).split(counts), grad.to(wide).split(counts), strict=True)):
+        if len(rows):
+            d, u = down[e].to(wide), up[e].to(wide)
+            inner = (g @ u.t()) * scale
+            of_x.append(inner @ d)
+            of_down[e] = inner.t() @ rows
+            of_up[e] = ((rows @ d.t()) * scale).t() @ g
+    of_b = of_up.transpose(0, 1).flatten(0, 1).t()
+    return torch.cat(of_x).to(x.dtype), of_down.flatten(0, 1).to(a.dtype), of_b.to(b.dtype).contiguous()
+
+
+def _lora_setup(ctx, inputs, output) -> None:
+    _, x, ids, a, b, ctx.scale, ctx.experts, _ = inputs
+    ctx.save_for_backward(x, ids, a, b)
+
+
+def _lora_grads(ctx, grad: Tensor):
+    x, ids, a, b = ctx.saved_tensors
+    grads = torch.ops.lorafx.expert_lora_backward(grad.contiguous(), x, ids, a, b, ctx.scale, ctx.experts)
+    of_x, of_a, of_b = grads
+    return grad, of_x, None, of_a, of_b, None, None, None
+
+
+_library.impl("expert_lora", _lora, "CompositeExplicitAutograd")
+_library.impl("expert_lora_backward", _lora_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "lorafx::expert_lora",
+    lambda y, *_: torch.empty_like(y, memory_format=torch.contiguous_format),
+    lib=_library,
+)
+torch.library.register_fake(
+    "lorafx::expert_lora_backward",
+    lambda grad, x, ids, a, b, *_: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, a, b)),
+    lib=_library,
+)
+torch.library.register_autograd("lorafx::expert_lora", _lora_grads, setup_context=_lora_setup, lib=_library)

@@ -123,6 +123,22 @@ def in_parameters(bank: AdapterBank, wrappers: Iterable[ParamWrapper], selection
     return adapt
 
 
+def traced(wrappers: Iterable[ParamWrapper], names: Mapping[str, str]) -> Adapt:
+    """The adapters that PEFT's switches say, with PEFT's own parameters, in a graph. names: of each parameter's site"""
+    by_name = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+
+    def adapt(name: str, y: Tensor, x: Tensor, ids: Tensor, tokens: Tensor, total: int) -> Tensor:
+        layer = by_name.get(name)
+        for adapter in layer.active_adapters if layer is not None else ():
+            if adapter in layer.lora_A:
+                weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                scale, experts = float(layer.scaling[adapter]), layer.num_experts
+                y = torch.ops.lorafx.expert_lora.default(y, x, ids, *weights, scale, experts, names[name])
+        return y
+
+    return adapt
+
+
 def _op_forward(y: Tensor, x: Tensor, ids: Tensor, tokens: Tensor, total: int, key: int, site: int) -> Tensor:
     return apply_expert_site(bank_of(key), site, y, x, ids, tokens, total)
 

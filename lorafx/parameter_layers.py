@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorafx.adapted import ADAPTED, PLAIN, Adapted, needs_gradients
 from lorafx.bank import AdapterBank
 from lorafx.errors import UnsupportedModelError
-from lorafx.expert_layers import in_bank, in_parameters, run_experts
+from lorafx.expert_layers import in_bank, in_parameters, run_experts, traced
 from lorafx.experts import is_of_experts, wrappers_from
 from lorafx.linear_parameters import Watching
 from lorafx.selection import Selection
@@ -42,6 +42,20 @@ def behind_with_parameters(wrappers: Iterable[ParamWrapper], selection: Selectio
     return lambda name, y, x: by_name[name]._added_to(y, selection, x)
 
 
+def traced_behind(wrappers: Iterable[ParamWrapper]) -> Then:
+    """The adapters that PEFT's switches say, as PEFT's linear layers spell them, for the branch finder."""
+    by_name = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+
+    def then(name: str, y: Tensor, x: Tensor) -> Tensor:
+        layer, out = by_name[name], y
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                out = out + layer._delta(adapter, x) * layer.scaling[adapter]
+        return out.to(y.dtype)
+
+    return then
+
+
 class AdaptedParameter(Adapted, ParamWrapper):
     """PEFT's LoRA on a parameter. The outermost wrapper runs the module, for all of them."""
 
@@ -53,15 +67,23 @@ class AdaptedParameter(Adapted, ParamWrapper):
         gradients = any(needs_gradients(wrapper) for wrapper in wrappers)
         if not compiling and (bank.chosen is None or self.disable_adapters):
             return super(Adapted, self).forward(x, *args, **kwargs)
-        if compiling and gradients:
+        if compiling and gradients and (self.disable_adapters or self.merged):
             return super(Adapted, self).forward(x, *args, **kwargs)
         if not compiling:
             self._check_unmerged(wrappers)
         module, sites = self.get_base_layer(), {wrapper.parameter_name: wrapper._lorafx_site for wrapper in wrappers}
         if self.get_param().dim() == 3:
-            adapt = in_parameters(bank, wrappers, bank.chosen) if gradients else in_bank(bank, sites)
+            if not gradients:
+                adapt = in_bank(bank, sites)
+            elif compiling:
+                adapt = traced(wrappers, {name: bank.store.sites[site].name for name, site in sites.items()})
+            else:
+                adapt = in_parameters(bank, wrappers, bank.chosen)
             return run_experts(module, x, *args, **kwargs, adapt=adapt)
-        then = behind_with_parameters(wrappers, bank.chosen) if gradients else behind_linear(bank, sites)
+        if not gradients:
+            then = behind_linear(bank, sites)
+        else:
+            then = traced_behind(wrappers) if compiling else behind_with_parameters(wrappers, bank.chosen)
         with Watching({name: getattr(module, name) for name in sites}, then):
             return module(x, *args, **kwargs)
 

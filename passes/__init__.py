@@ -42,7 +42,7 @@ REWRITE = (
     hand_on_inputs,  # what bodies of checkpointed layers read, which are rewritten before the graph that calls them
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
-    note_experts,  # lorafx.expert_site stays
+    note_experts,  # lorafx.expert_site and expert_lora stay
     fold_layers,  # the siblings' own layers -> into lorafx.routed_lora
     scale_rows,  # lorafx.magnitude -> lorafx.scaled_rows
     share_routing,  # one lorafx.row_weights for all groups

@@ -1,4 +1,4 @@
-"""Notes the sites of experts, which stay as they are: ``lorafx::expert_site`` is opaque (``kernels/experts.py``)."""
+"""Notes the adapters of experts, which stay as they are: their ops are opaque (``kernels/experts.py``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorafx.passes.context import PassContext
 from lorafx.passes.graph_reading import example
 from lorafx.passes.record import FusedBranch, FusedGroup
 
-EXPERT_SITE = torch.ops.lorafx.expert_site.default
+EXPERT_SITE, EXPERT_LORA = torch.ops.lorafx.expert_site.default, torch.ops.lorafx.expert_lora.default
 
 
 def note_experts(gm: fx.GraphModule, context: PassContext) -> int:
@@ -24,4 +24,11 @@ def note_experts(gm: fx.GraphModule, context: PassContext) -> int:
             size = 4 if x is None else x.element_size()
             context.record.groups.append(FusedGroup(geometry.parent, (branch,), "aten", "expert_site", REASON, size))
             done += 1
+    for node in gm.graph.find_nodes(op="call_function", target=EXPERT_LORA):  # weights that are trained
+        _, x, _, a, b, _, experts, name = node.args
+        (rows, width), out = example(a).shape, example(b).shape[0]
+        branch = FusedBranch(name, width, out, rows // experts)
+        group = FusedGroup(name.rpartition(".")[0], (branch,), "aten", "expert_lora", REASON, example(x).element_size())
+        context.record.groups.append(group)
+        done += 1
     return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -312,6 +313,49 @@ def test_gradients_are_pefts(family, folders):
         assert got.keys() == want.keys()
         for name in want:
             assert_close(got[name], want[name], 1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_is_one_graph(family, folders, checkpointed):
+    """PEFT's own forward adds B A to the weights, and breaks Dynamo's graph at each layer."""
+    torch._dynamo.reset()
+    fields = {**ADAPTERS["b"], "target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"]}
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = get_peft_model(family.build(2), config(**{**fields, "init_lora_weights": False}))
+        model.add_adapter("other", config(**{**fields, "r": 2, "init_lora_weights": False}))
+        models.append(model)
+    model, reference = models
+    lorafx.compile(model, options=EAGER_GRAPH)
+    if checkpointed:
+        for each in models:
+            each.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    for name in ("default", "other"):
+        found = []
+        for each in models:
+            each.train()
+            each.set_adapter(name)
+            each.zero_grad()
+            logits = each(**INPUTS, use_cache=False).logits
+            logits.square().mean().backward()
+            found.append({name: p.grad.clone() for name, p in each.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        for part in ("experts", "mlp.gate", "q_proj"):
+            assert any(part in key for key in found[1])
+        for key in found[1]:
+            assert_close(found[0][key], found[1][key], 1e-4)
+    if checkpointed:  # Dynamo enters no TorchFunctionMode in such layers, which run as PEFT runs them
+        return
+    report = lorafx.explain(model)
+    assert len(report.graphs) == 2  # one for each adapter, whose parameters it reads
+    bodies = sum((graph.passes.after for graph in report.graphs), Counter())
+    assert (bodies["lorafx.expert_lora"], bodies["lorafx.fused_lora"]) == (8, 8)
+    assert len({branch.name for group in report.groups for branch in group.branches}) == 8
+    assert not report.skipped
+    model.eval()
+    with model.disable_adapter(), reference.disable_adapter():
+        assert_close(model(**INPUTS).logits, reference(**INPUTS).logits, 1e-5)
 
 
 def test_gradients_of_inputs_and_base_weights(family, folders):
