@@ -101,6 +101,7 @@ class GraphRecord:
     shapes: Mapping[str, str] = field(default_factory=dict)  # it was traced for, by input
     outlined: int = 0  # layers that run what was compiled for another one
     recompiled: str | None = None  # why, where its frame had a graph before
+    call: int = 0  # of the model, in which it was compiled
 
 
 recent: deque[GraphRecord] = deque(maxlen=64)  # of torch.compile(backend="lorafx"), which has no bank to ask

@@ -33,18 +33,6 @@ def is_quantised(module: nn.Module) -> bool:
     return not plain
 
 
-def rewrites_itself(root: nn.Module) -> bool:
-    """Whether the next call changes the weights' own layout, which can't be traced: bitsandbytes' 4-bit layers on a CPU
-    that has bf16 products are packed for these as they are first called (``Linear4bit.forward``)."""
-    return any(
-        not module.training
-        and module.weight.device.type == "cpu"
-        and not getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
-        for module in root.modules()
-        if getattr(module, "support_avx512bf16_for_cpu", False)
-    )
-
-
 def stand_in(module: nn.Module) -> nn.Linear:
     """A linear layer of these sizes on the meta device, in the place of a quantised one."""
     bias = getattr(module, "bias", None)

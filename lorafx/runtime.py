@@ -26,19 +26,19 @@ from lorafx.fused_layers import Fusions
 from lorafx.invocations import Prompt
 from lorafx.logs import warn_once
 from lorafx.peft_change import changing_peft
-from lorafx.quantised import rewrites_itself
 from lorafx.recompiles import MANY, advice
 from lorafx.recomputing import check_not_recomputed
 from lorafx.saved_layers import SavedHook
 from lorafx.selection import Selection, names_in, normalize
 from lorafx.sites import RefuseNames, SiteHook, check_one_place
+from lorafx.weight_packing import WeightPacking
 
 log = logging.getLogger("lorafx")
 
 RECOMPILE_LIMIT = 64  # of one entry: generate's greedy, beam and static-cache calls already take 7 of Dynamo's 8
 
 
-NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_entered", "graphs")
+NOT_COPIED = ("follower", "_entries", "_making_entry", "_hooks", "_forced_eager", "_calls", "_packing", "graphs")
 
 
 class Runtime:
@@ -66,7 +66,8 @@ class Runtime:
         self._entries: dict[str, Callable[..., Any]] = {}  # by the name of what is compiled
         self._making_entry = threading.Lock()
         self._forced_eager = 0
-        self._entered = False  # the first call may have to run eagerly
+        self._calls = 0
+        self._packing = WeightPacking(self.root)
         self._hooks: list[Any] = []
         vars(self.root)["_compiled_call_impl"] = RootCall(self)
 
@@ -274,6 +275,7 @@ class Runtime:
                 stack.enter_context(self.eagerly())
             stack.enter_context(self.bank.forward())
             self._check_rows()
+            self._calls += 1
             return self.entry()(*args, **kwargs)
 
     def prompt(self, args: Sequence[Any], kwargs: dict[str, Any], offsets: Any = None) -> Prompt | None:
@@ -293,17 +295,14 @@ class Runtime:
 
     def entry(self) -> Callable[..., Any]:
         """What runs the root: its own call, compiled unless something rules that out."""
-        if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager():
+        packed = self._packing.done()  # in eager calls too: of two threads' layers that pack themselves, one fails
+        if self.eager or self._forced_eager or not self.follower.agrees() or self._needs_eager() or not packed:
             late = self.bank.late_in_use and not self._forced_eager  # else PEFT's own hooks say where they begin
             if torch.is_grad_enabled() and (late or self.bank.chosen_by_call):
                 check_not_recomputed(self.root, late)
             return self.root._call_impl
         if torch.is_grad_enabled() and self.bank.chosen_by_call and any(s.experts for s in self.bank.store.sites):
             check_not_recomputed(self.root)  # a graph hands their routing to no second forward
-        if not self._entered:
-            self._entered = True
-            if rewrites_itself(self.root):
-                return self.root._call_impl
         call = root_forward.shortest_call(self.root)
         with self._making_entry:  # threads that come first together share one
             if call.__name__ not in self._entries:
@@ -314,10 +313,14 @@ class Runtime:
         return compile_graph(gm, inputs, self.options, self.bank, self._keep)
 
     def _keep(self, graph: GraphRecord) -> None:
+        graph.call = self._calls
         self.graphs.append(graph)
-        of_frame = [kept.shapes for kept in self.graphs[self._retraced_at :] if kept.frame == graph.frame]
-        if len(of_frame) == MANY:
-            warn_once(advice(type(self.root).__name__, of_frame))
+        by_call: dict[int, Any] = {}  # layers that break the graph have many in one call, whatever its inputs are
+        for kept in self.graphs[self._retraced_at :]:
+            if kept.frame == graph.frame:
+                by_call.setdefault(kept.call, kept.shapes)
+        if len(by_call) == MANY:
+            warn_once(advice(type(self.root).__name__, list(by_call.values())))
 
     def _needs_eager(self) -> bool:
         """A selection of ours over weights that are being trained: PEFT's modules have to run, row by row. Beside a

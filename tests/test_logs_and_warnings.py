@@ -105,6 +105,30 @@ def test_many_graphs_name_the_input_and_the_cure():
     assert lorafx.explain(toy).graphs[3].shapes == {"x": "[5, 8]"}
 
 
+class Breaking(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return y.relu()
+
+
+def test_graphs_of_many_layers_are_no_reason_to_pad_inputs():
+    """Where each layer breaks Dynamo's graph (bitsandbytes' 8 bits), each of another size has graphs of its own."""
+    toy = nn.Sequential(*(Breaking(n, n + 1) for n in range(8, 10 + MANY))).eval()
+    a, b = torch.randn(2, 8), torch.randn(9, 2)
+    lorafx.compile(
+        toy,
+        {"a": ({"0.lora_A.weight": a, "0.lora_B.weight": b}, {"r": 2, "target_modules": ["0"]})},
+        options=UNCOMPILED,
+    )
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        toy(torch.ones(2, 8))
+    frames = [graph.frame for graph in lorafx.explain(toy).graphs]
+    assert max(map(frames.count, frames)) >= MANY
+    assert [str(w.message) for w in said if "lorafx:" in str(w.message)] == []
+
+
 def test_graphs_that_differ_in_other_than_shapes():
     assert "TORCH_LOGS=recompiles" in advice("Model", [{"x": "[1]"}] * MANY)
 
