@@ -329,8 +329,8 @@ class AdapterStore:
         weights = self._attached().read(source, name)
         if weights.saved:
             raise UnsupportedModelError(
-                f"adapter {name!r} brings its own {next(iter(weights.saved))} (modules_to_save), which an AdapterStore"
-                " does not move: load it with model.lora.load, where it stays."
+                f"adapter {name!r} brings its own {next(iter(weights.saved))} (modules_to_save, or trainable"
+                " tokens), which an AdapterStore does not move: load it with model.lora.load, where it stays."
             )
         with self._counting:
             self.stats.bytes_read += weights.nbytes

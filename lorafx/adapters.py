@@ -14,6 +14,8 @@ from torch import Tensor
 from lorafx.errors import AdapterFormatError
 from lorafx.packing import Layout, layout_of
 
+TOKENS = "token_indices"  # beside the tensors of a module, where rows of its weight are brought, not a copy of it
+
 
 @dataclass(frozen=True)
 class SiteShape:
@@ -77,6 +79,11 @@ class SiteWeights:
         return self.tensors() + ([] if self.magnitude is None else [self.magnitude.weight])
 
 
+def tokens_of(saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, ...]]:
+    """As an outline says it: of each module the tokens whose rows are there, none where it is copied."""
+    return {path: tuple(each[TOKENS].tolist()) if TOKENS in each else () for path, each in saved.items()}
+
+
 def rank_of(site: SiteShape | SiteWeights) -> int:
     """The rank of the adapter there: of experts each has as many rank rows."""
     return site.rank // max(site.experts, 1)
@@ -93,7 +100,8 @@ class AdapterOutline:
     name: str
     sites: Mapping[str, SiteShape]
     read: Callable[[], AdapterWeights] = field(repr=False)
-    saved: tuple[str, ...] = ()  # modules of the model that it has its own copies of
+    # modules of the model that it has its own copies of; or tokens, whose rows of the module's weight it has
+    saved: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()  # aLoRA: the token ids at which it begins
     layout: Layout | None = None
 
@@ -125,7 +133,7 @@ class AdapterWeights:
 
     @property
     def outline(self) -> AdapterOutline:
-        return AdapterOutline(self.name, self.shapes, lambda: self, tuple(self.saved), self.invocation)
+        return AdapterOutline(self.name, self.shapes, lambda: self, tokens_of(self.saved), self.invocation)
 
     @cached_property
     def scales(self) -> numpy.ndarray:

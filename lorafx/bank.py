@@ -364,10 +364,13 @@ class AdapterBank(Choosing):
         return len(self._slots)
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict for each adapter: name, rank (all of them, where layers differ), targets, layers, bytes, in use."""
+        """One dict for each adapter: name, rank (all of them, where layers differ), targets, layers, bytes, in use; and
+        kind, where any is more than plain LoRA."""
         self._catch_up()
         with self.reading():
-            return [self._row(name) for name in self._slots]
+            rows = [self._row(name) for name in self._slots]
+            kinds = [self._kind(name) for name in self._slots]
+        return [{**row, "kind": kind} for row, kind in zip(rows, kinds, strict=True)] if any(kinds) else rows
 
     def _row(self, name: str) -> dict[str, Any]:
         weights = self.weights_of(name)
@@ -379,6 +382,14 @@ class AdapterBank(Choosing):
             "bytes": weights.elements() * self.store.storage.element_size(),
             "in use": "yes" if name in names_in(self.in_use) else "",
         }
+
+    def _kind(self, name: str) -> str:
+        """What an adapter is besides plain LoRA; an empty text if it is nothing else."""
+        weights = self.weights_of(name)
+        kinds = ["DoRA"] * any(site.magnitude is not None for site in weights.sites.values())
+        kinds += ["aLoRA"] * bool(weights.invocation)
+        own = [path.rpartition(".")[2] for path in self.saved.paths if name in self.saved.copies(path)]
+        return ", ".join([*kinds, *(f"its own {last}" for last in dict.fromkeys(own))])
 
     def __repr__(self) -> str:
         from lorafx.tables import format_table

@@ -9,6 +9,7 @@ from typing import Any
 RANK_LIMIT = 1 << 24
 NAMES_LIMIT = 4096  # of a list: PEFT compares each with each
 TOKEN_LIMIT = 1 << 31
+ROWS_LIMIT = 1 << 20  # of an embedding, that an adapter may have as its own
 
 # Fields of LoraConfig that change what a layer computes or which weights it has, with what they are when unused.
 UNSUPPORTED = {
@@ -18,7 +19,6 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "use_qalora": "QALoRA",
-    "trainable_token_indices": "trainable tokens",
     "layer_replication": "layer replication",
     "megatron_config": "Megatron",
     "ensure_weight_tying": "ensure_weight_tying",
@@ -81,6 +81,18 @@ def _is_tokens(value: Any) -> bool:
     return is_list and all(_is_whole(item) and 0 <= item < TOKEN_LIMIT for item in value)
 
 
+def _is_rows(value: Any) -> bool:
+    """Tokens of the input embedding, or of each module that is named; a vocabulary may have grown by thousands."""
+    if isinstance(value, dict):
+        return len(value) <= NAMES_LIMIT and all(isinstance(k, str) and _is_list_of_rows(v) for k, v in value.items())
+    return value is None or _is_list_of_rows(value)
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= ROWS_LIMIT
+    return is_list and all(_is_whole(item) and 0 <= item < TOKEN_LIMIT for item in value)
+
+
 def _is_switch(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -109,6 +121,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda value: value is None or isinstance(value, (bool, str)), "true, false or a text"),
     "bias": (_is_text, "a text"),
     "alora_invocation_tokens": (_is_tokens, f"a list of at most {NAMES_LIMIT:,} token ids"),
+    "trainable_token_indices": (_is_rows, "a list of token ids, or an object of such lists, by module"),
     "modules_to_save": (_is_list, f"a list of at most {NAMES_LIMIT:,} texts"),
     "task_type": (_is_text, "a text"),
     "base_model_name_or_path": (_is_text, "a text"),

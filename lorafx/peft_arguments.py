@@ -8,7 +8,7 @@ it hands on (to ``ForwardHooks``) is without the inputs, so the number of rows c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -25,6 +25,11 @@ class Names(list):
     def __init__(self, names: Sequence[str], given: Any) -> None:
         super().__init__(names)
         self.given = given
+
+    @property
+    def weighted(self) -> bool:
+        """Some row weighs its adapters, which PEFT does not know."""
+        return any(isinstance(each, Mapping) for each in (self.given, *self.given))
 
 
 class Offsets(list):
@@ -72,16 +77,24 @@ class PeftGenerate:
 
 
 def read_names(names: Any, rows: int | None) -> Any:
-    """``Names``, or ``names`` where they are not texts and None alone, or for the whole of a batch of unknown size.
+    """``Names``, or ``names`` where they are not names, weights of names and None alone, or for the whole of a batch of
+    unknown size.
 
     AdapterMismatchError: not one for each row
     """
     check_count(names, rows)
-    if isinstance(names, str) and rows is not None:
-        return Names([names] * rows, names)
-    if isinstance(names, (list, tuple)) and all(name is None or isinstance(name, str) for name in names):
-        return Names([BASE if name is None else name for name in names], names)
+    if isinstance(names, (str, Mapping)) and rows is not None:
+        return Names([_as_peft(names)] * rows, names)
+    if isinstance(names, (list, tuple)) and all(name is None or isinstance(name, (str, Mapping)) for name in names):
+        return Names([_as_peft(name) for name in names], names)
     return names
+
+
+def _as_peft(name: str | None | Mapping[str, float]) -> str:
+    """For the invocation tokens that it looks for; several adapters on a row can't have any."""
+    if isinstance(name, Mapping):
+        return str(next(iter(name))) if len(name) == 1 else BASE
+    return BASE if name is None else name
 
 
 def check_count(names: Any, rows: int | None) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.glora import GloraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook
+from peft.tuners.lora.model import LoraModel, _adapter_names_pre_forward_hook
+from peft.tuners.road import RoadModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from lorafx.adapted import has_dora, is_supported, needs_gradients, other_varian
 from lorafx.adapters import AdapterWeights
 from lorafx.bank import AdapterBank
 from lorafx.dora import unreadable
+from lorafx.errors import UnsupportedModelError
 from lorafx.experts import parted, site_name, why_not_wrapped
 from lorafx.invocations import Prompt
 from lorafx.layer_kinds import why_not
@@ -31,6 +34,9 @@ from lorafx.peft_tensors import all_parameters, names_on, parameters_of, shaped,
 from lorafx.quantised import features_of
 from lorafx.recomputing import recomputed_layer
 from lorafx.saved_modules import suitable_wrappers
+
+PEFTS_HOOKS = ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")  # each tuner has its own
+KNOWS_NAMES = (LoraModel, RoadModel, GloraModel)  # tuners of PEFT's whose hooks are for adapter_names, and idle else
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -68,6 +74,8 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
     for path, module in root.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or path in wrappers:
             continue
+        if path.endswith(".token_adapter"):  # of a wrapper, of which is said what there is to say
+            continue
         if path in unsuitable:
             skipped[path] = unsuitable[path]
             continue
@@ -79,6 +87,8 @@ def supported_layers(root: nn.Module) -> tuple[dict[str, PeftLinear], dict[str, 
             skipped[path] = f"{', '.join(kinds)} is not fused yet"
         elif has_dora(module) and (reason := unreadable(module.get_base_layer())):
             skipped[path] = f"DoRA needs the norms of this layer's weight, and {reason}"
+        elif "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's leads to the class's own
+            skipped[path] = "its forward has been replaced, as X-LoRA does: PEFT's own computes it"
         elif module.merged:
             skipped[path] = "its adapter is merged into the base weight; unmerge_adapter() first"
         elif reason := why_not_wrapped(module):
@@ -207,6 +217,30 @@ def hooked_by_name(layers: dict[str, PeftLinear]) -> bool:
     return any(getattr(hook, "func", None) is _adapter_names_pre_forward_hook for hook in hooks)
 
 
+@contextmanager
+def cleaned_on_error(tuner: nn.Module) -> Iterator[None]:
+    """PEFT takes its hooks off where a call has ended well; where it has not, each later call would fail as well."""
+    try:
+        yield
+    except BaseException:
+        for module in tuner.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(getattr(hook, "func", None), "__name__", None) in PEFTS_HOOKS:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        raise
+
+
+def raised_by_peft(error: BaseException) -> bool:
+    """The line of Python that raised it is PEFT's, or it is about what PEFT has handed on."""
+    if "adapter_names" in str(error):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "peft"
+
+
 class ForwardHooks:
     """Stands for the tuner's ``_enable_peft_forward_hooks``: adapter_names become the call's selection, not hooks, and
     ``alora_offsets``, which PEFT has computed from the prompt or the user has given, where aLoRA adapters begin.
@@ -221,7 +255,16 @@ class ForwardHooks:
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
         runtime = self.runtime
-        if (names is not None or offsets is not None) and runtime.unfused:
+        knows_names = isinstance(self.tuner, KNOWS_NAMES)
+        if names is not None and not knows_names:  # PEFT would take no notice of them
+            raise UnsupportedModelError(
+                f"PEFT's {type(self.tuner).__name__} has no adapter_names: it can't choose for each row. Use PEFT's"
+                " set_adapter, one adapter at a time."
+            )
+        if not knows_names and hasattr(type(self.tuner), "_enable_peft_forward_hooks"):  # X-LoRA's are for each call
+            with self._as_pefts(*args, **kwargs):
+                yield
+        elif (names is not None or offsets is not None) and runtime.unfused:
             # layers that lorafx leaves to PEFT need PEFT's hooks; compiled code would not see them
             warn_once(
                 f"lorafx: adapter_names on a model with {len(runtime.unfused)} layer(s) that are left to PEFT:"
@@ -251,9 +294,25 @@ class ForwardHooks:
     @contextmanager
     def _as_pefts(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """One thread at a time: PEFT puts its hooks on layers that all threads call."""
-        hooks = type(self.tuner)._enable_peft_forward_hooks
-        with self.runtime.bank.excluding(), hooks(self.tuner, *args, **kwargs), self.runtime.eagerly():
-            yield
+        runtime, hooks = self.runtime, type(self.tuner)._enable_peft_forward_hooks
+        names = kwargs.get("adapter_names")
+        if isinstance(names, Mapping) or getattr(names, "weighted", False):
+            raise UnsupportedModelError(
+                "adapter_names weigh adapters, and this call runs as PEFT computes it, which has no weights for a row."
+                " add_weighted_adapter makes one adapter of several; lorafx.explain(model) says what is left to PEFT."
+            )
+        with runtime.bank.excluding(), cleaned_on_error(self.tuner), runtime.eagerly():
+            try:
+                with hooks(self.tuner, *args, **kwargs):
+                    yield
+            except (KeyError, TypeError, ValueError) as error:
+                if not raised_by_peft(error):
+                    raise
+                left = "".join(f", such as {path} ({why})" for path, why in list(runtime.unfused.items())[:1])
+                raise UnsupportedModelError(
+                    f"adapter_names on layers that PEFT runs itself{left}, and PEFT can't: {type(error).__name__}:"
+                    f" {error}. Use PEFT's set_adapter, one adapter at a time."
+                ) from error
 
     def _is_pefts_to_do(self, names: Any) -> bool:
         """aLoRA that the fused ops can't compute: beside other adapters, where its weights need gradients, or where

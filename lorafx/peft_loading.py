@@ -17,6 +17,8 @@ from lorafx.errors import AdapterMismatchError, UnsupportedModelError
 from lorafx.experts import layer_at, named_as
 from lorafx.peft_tensors import parameters_of, shaped
 from lorafx.reading import AdapterReader
+from lorafx.saved_modules import has_rows
+from lorafx.token_rows import ROWS
 
 if TYPE_CHECKING:
     from lorafx.bank import AdapterBank
@@ -98,7 +100,11 @@ class PeftLoader:
                 if site.magnitude is not None:
                     layer.lora_magnitude_vector[name].weight.copy_(site.magnitude.weight)
             for path, copied in weights.saved.items():
-                module = self.root.get_submodule(path).modules_to_save[name]
+                wrapper = self.root.get_submodule(path)
+                if has_rows(wrapper):
+                    wrapper.token_adapter.trainable_tokens_delta[name].requires_grad_(False).copy_(copied[ROWS])
+                    continue
+                module = wrapper.modules_to_save[name]
                 module.load_state_dict(copied, strict=True)
                 module.requires_grad_(False)
 

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorafx.peft_tensors import has_bare_parameters
+from lorafx.saved_modules import has_rows
 
 
 class PeftState:
@@ -28,7 +29,7 @@ class PeftState:
         self._layers = [vars(layer) for layer in layers.values()]
         self._tables = [part._modules for layer in layers.values() for part in (layer.lora_A, layer.lora_B)]
         tables = [*self._tables]
-        self._tables += [wrapper.modules_to_save._modules for wrapper in wrappers.values()]
+        self._tables += [_held_by(wrapper) for wrapper in wrappers.values()]
         embeddings = [layer for layer in layers.values() if has_bare_parameters(layer)]
         self._bare = [part._parameters for e in embeddings for part in (e.lora_embedding_A, e.lora_embedding_B)]
         self._modules = self._read_modules()
@@ -115,6 +116,15 @@ class PeftState:
         biases = [each["bias"] for each in parameters if each.get("bias") is not None]
         bare = [each[name] for each in self._bare if name in each]
         return list(map(Tensor.data_ptr, [each["weight"] for each in parameters] + biases + bare))
+
+
+def _held_by(wrapper: Any) -> dict[str, Any]:
+    """Copies of a module, or parameters that are rows of its weight, by adapter."""
+    return (
+        wrapper.token_adapter.trainable_tokens_delta._parameters
+        if has_rows(wrapper)
+        else (wrapper.modules_to_save._modules)
+    )
 
 
 def _way_to(children: dict[str, Any], path: str) -> list[tuple[dict[str, Any], str, nn.Module | None]]:

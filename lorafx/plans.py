@@ -12,11 +12,12 @@ from itertools import accumulate, chain
 
 from torch import Tensor
 
-from lorafx.adapters import AdapterWeights, Magnitude, SiteShape, SiteWeights
+from lorafx.adapters import AdapterWeights, Magnitude, SiteShape, SiteWeights, tokens_of
 from lorafx.errors import AdapterMismatchError
 from lorafx.packing_files import Packing, packing_of
 from lorafx.peft_tensors import flattened
 from lorafx.skeletons import Loaded, lora_parameters, weights_on
+from lorafx.token_rows import with_tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PlannedSite:
 class Plan:
     """sites: by the path of the layer; base: which tensors are weights of the base model, and which of them
     starts: where each tensor begins in a file that has them in this order, in one piece
-    saved: which tensors are those of modules that the adapter has copies of, by path, by name
+    saved: which tensors are those of modules that the adapter has copies of, by path, by name; tokens: or which rows
+    of their weights
 
     PEFT saves the base weight of an adapted output head with the adapter, and writes it over the model's.
     """
@@ -49,13 +51,19 @@ class Plan:
     base: Mapping[str, str]
     starts: Mapping[str, int]
     saved: Mapping[str, Mapping[str, str]]
+    tokens: Mapping[str, Tensor]
 
     @cached_property
     def shapes(self) -> dict[str, SiteShape]:
         return {path: site.shape for path, site in self.sites.items()}
 
     def saved_from(self, take: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {path: {name: take(key).clone() for name, key in named.items()} for path, named in self.saved.items()}
+        taken = {path: {name: take(key).clone() for name, key in named.items()} for path, named in self.saved.items()}
+        return with_tokens(taken, self.tokens)
+
+    @cached_property
+    def saved_outline(self) -> dict[str, tuple[int, ...]]:
+        return tokens_of(with_tokens({path: {} for path in self.saved}, self.tokens))
 
     def with_magnitudes(self, weights: AdapterWeights, take: Callable[[str], Tensor]) -> AdapterWeights:
         """``weights``, which were packed, with what DoRA has beside them."""
@@ -104,7 +112,7 @@ def plan_of(name: str, loaded: Loaded, tensors: Mapping[str, Tensor]) -> Plan | 
         for path, site in weights_on(loaded).items()
     }
     ends = accumulate(tensor.numel() for tensor in tensors.values())
-    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)), saved)
+    return Plan(sites, base, dict(zip(tensors, chain([0], ends), strict=False)), saved, loaded.tokens)
 
 
 def _identity(tensor: Tensor) -> tuple:

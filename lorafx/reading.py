@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape
+from lorafx.adapters import AdapterOutline, AdapterWeights, SiteShape, tokens_of
 from lorafx.config_fields import show
 from lorafx.errors import AdapterFormatError, AdapterMismatchError
 from lorafx.experts import widths_at
@@ -35,6 +35,7 @@ from lorafx.quantised import features_of
 from lorafx.skeletons import PREFIX, check_base, load_onto, skeleton, weights_on
 from lorafx.sources import Source, load_source
 from lorafx.tensor_files import TensorSet
+from lorafx.token_rows import with_tokens
 
 PLANS_KEPT = 64
 # The fields of a config that make no difference to which layers it adapts, with which ranks and scales.
@@ -86,14 +87,15 @@ class AdapterReader:
         if isinstance(source, (AdapterWeights, AdapterOutline)):
             outline = self._from_weights(name, source)
             config = config_of_shapes(name, outline.sites)
-            config.modules_to_save = list(outline.saved) or None
+            config.modules_to_save = [path for path, tokens in outline.saved.items() if not tokens] or None
+            config.trainable_token_indices = {path: [*t] for path, t in outline.saved.items() if t} or None
             config.alora_invocation_tokens = list(outline.invocation) or None
             return config, outline
         config, tensors = load_source(name, source, self._base)
         return config, self._outline(name, config, tensors)
 
     def _outline(self, name: str, config: LoraConfig, tensors: TensorSet) -> AdapterOutline:
-        plan, sites, saved_paths = self._plan(name, config, tensors)
+        plan, sites, held = self._plan(name, config, tensors)
         invocation = tuple(config.alora_invocation_tokens or ())
         _check_scales(name, sites)
 
@@ -116,36 +118,37 @@ class AdapterReader:
                 taken = {key: tensors.take(key) for key in tensors.shapes}
                 loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, taken)
                 check_base(name, self.root, loaded.base)
-                weights, saved = weights_on(loaded), loaded.saved
+                weights, saved = weights_on(loaded), with_tokens(loaded.saved, loaded.tokens)
             adapter = AdapterWeights(name, weights, saved=saved, invocation=invocation)
             return self._checked(adapter.packed(self.dtype))
 
-        return AdapterOutline(name, sites, read, saved_paths, invocation)
+        return AdapterOutline(name, sites, read, held, invocation)
 
     def _plan(
         self, name: str, config: LoraConfig, tensors: TensorSet
-    ) -> tuple[Plan | None, Mapping[str, SiteShape], tuple[str, ...]]:
+    ) -> tuple[Plan | None, Mapping[str, SiteShape], Mapping[str, tuple[int, ...]]]:
         """Where the tensors belong, kept for the next adapter of this structure, and what that makes of the layers."""
         fields = [(k, _in_order(v)) for k, v in sorted(vars(config).items()) if k not in INDIFFERENT]
         key = sha256(repr((fields, list(tensors.shapes.items()))).encode("utf-8", "surrogatepass")).digest()
         plan = self._known(key)
         if plan is not None:
-            return plan, plan.shapes, tuple(plan.saved)
+            return plan, plan.shapes, plan.saved_outline
         with self._planning:  # threads that come first together share one
             plan = self._known(key)
             if plan is not None:
-                return plan, plan.shapes, tuple(plan.saved)
+                return plan, plan.shapes, plan.saved_outline
             stand_ins = {key: torch.empty(shape, device="meta") for key, shape in tensors.shapes.items()}
             loaded = load_onto(name, self._skeleton(name, config, tensors.shapes), config, stand_ins)
             plan = plan_of(name, loaded, stand_ins)
             _check_prefixes(name, tensors.shapes)
             if plan is None:
-                return None, {path: site.shape for path, site in weights_on(loaded).items()}, tuple(loaded.saved)
+                held = tokens_of(with_tokens(loaded.saved, loaded.tokens))
+                return None, {path: site.shape for path, site in weights_on(loaded).items()}, held
             with self._looking:
                 self._plans[key] = plan
                 while len(self._plans) > PLANS_KEPT:
                     self._plans.popitem(last=False)
-            return plan, plan.shapes, tuple(plan.saved)
+            return plan, plan.shapes, plan.saved_outline
 
     def _known(self, key: bytes) -> Plan | None:
         with self._looking:
@@ -172,7 +175,7 @@ class AdapterReader:
     def _from_weights(self, name: str, source: AdapterWeights | AdapterOutline) -> AdapterOutline:
         """What was read for a model of this kind, under a name of its own; copied only into another dtype."""
         if isinstance(source, AdapterWeights) and self._finite.get(id(source)) is source:
-            kept = tuple(source.saved), source.invocation, source.layout
+            kept = tokens_of(source.saved), source.invocation, source.layout
             return AdapterOutline(name, source.shapes, lambda: _renamed(source, name), *kept)
         outline = source if isinstance(source, AdapterOutline) else source.outline
         layout = source.layout if isinstance(source, AdapterWeights) else None

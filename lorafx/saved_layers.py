@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from lorafx.bank import AdapterBank, bank_of
@@ -18,9 +18,10 @@ from lorafx.errors import UnsupportedModelError
 from lorafx.kernels.saved import set_saved_forward
 from lorafx.saved_modules import needs_gradients
 from lorafx.sites import MARKERS, refusal, rows_unknown
+from lorafx.token_rows import TokenRows
 
 
-class AdaptedWrapper(ModulesToSaveWrapper):
+class AdaptedWrapper(nn.Module):
     """PEFT's wrapper while lorafx runs it: the model's own module, then the op; eagerly, what PEFT does."""
 
     _lorafx_adapted = True
@@ -42,6 +43,18 @@ class AdaptedWrapper(ModulesToSaveWrapper):
         return apply_saved(self._lorafx_bank, self._lorafx_place, y, one_tensor("this module", args, kwargs, y))
 
 
+class AdaptedModules(AdaptedWrapper, ModulesToSaveWrapper):
+    """Adapters have copies of the module."""
+
+
+class AdaptedTokens(AdaptedWrapper, TrainableTokensWrapper):
+    """Adapters have rows of its weight."""
+
+
+ADAPTED = {ModulesToSaveWrapper: AdaptedModules, TrainableTokensWrapper: AdaptedTokens}
+PLAIN = {ours: theirs for theirs, ours in ADAPTED.items()}
+
+
 class SavedHook:
     """The forward hook of a module of a plain model. ``place``: in the bank's list."""
 
@@ -55,14 +68,14 @@ class SavedHook:
         return apply_saved(self.bank, self.place, output, x)
 
 
-def adapt(wrapper: ModulesToSaveWrapper, bank: AdapterBank, place: int) -> None:
-    wrapper.__class__ = AdaptedWrapper
+def adapt(wrapper: AuxiliaryTrainingWrapper, bank: AdapterBank, place: int) -> None:
+    wrapper.__class__ = ADAPTED.get(type(wrapper), type(wrapper))
     vars(wrapper).update(_lorafx_bank=bank, _lorafx_place=place)
 
 
-def release(wrapper: ModulesToSaveWrapper) -> None:
+def release(wrapper: AuxiliaryTrainingWrapper) -> None:
     """Undo ``adapt``."""
-    wrapper.__class__ = ModulesToSaveWrapper
+    wrapper.__class__ = PLAIN.get(type(wrapper), type(wrapper))
     for name in ("_lorafx_bank", "_lorafx_place"):
         vars(wrapper).pop(name, None)
 
@@ -89,7 +102,7 @@ def apply_saved(bank: AdapterBank, place: int, y: Tensor, x: Tensor) -> Tensor:
     if not any(chosen):
         return y
     if len(chosen) == 1:
-        return _run(bank, path, copies[chosen[0]], x).to(y.dtype)
+        return _run(bank, path, copies[chosen[0]], x, y).to(y.dtype)
     if reason := rows_unknown((*x.shape, 1), len(chosen), bank.batch):
         raise UnsupportedModelError(refusal(path, reason))
     rows = x.shape[0]
@@ -97,18 +110,22 @@ def apply_saved(bank: AdapterBank, place: int, y: Tensor, x: Tensor) -> Tensor:
     out = y.clone()
     for name in dict.fromkeys(filter(None, of_row)):
         index = torch.tensor([i for i, other in enumerate(of_row) if other == name], device=x.device)
-        out = out.index_copy(0, index, _run(bank, path, copies[name], x.index_select(0, index)).to(y.dtype))
+        part = _run(bank, path, copies[name], x.index_select(0, index), y.index_select(0, index))
+        out = out.index_copy(0, index, part.to(y.dtype))
     return out
 
 
-def _run(bank: AdapterBank, path: str, copy: nn.Module, x: Tensor) -> Tensor:
-    if path not in bank.saved.wrappers:  # ours: where the model went, it goes too
-        like = next(bank._root.get_submodule(path).parameters(), None)
+def _run(bank: AdapterBank, path: str, copy: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What the copy gives for these rows, of which the model's own module made ``y``."""
+    wrapper = bank.saved.wrappers.get(path)
+    own = bank._root.get_submodule(path) if wrapper is None else wrapper.original_module
+    if wrapper is None:  # ours: where the model went, it goes too
+        like = next(own.parameters(), None)
         mine = next(copy.parameters(), None)
         if like is not None and (like.dtype, like.device) != (mine.dtype, mine.device):
             copy.to(device=like.device, dtype=like.dtype)
-        copy.train(bank._root.get_submodule(path).training)
-    return copy(x)
+        copy.train(own.training)
+    return copy(own, y, x) if isinstance(copy, TokenRows) else copy(x)
 
 
 def _op_forward(y: Tensor, x: Tensor, key: int, place: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from lorafx.adapted import is_supported, other_variants
@@ -32,7 +32,8 @@ from lorafx.experts import check_named, forward_of_ours, site_name, why_not_wrap
 from lorafx.layer_kinds import why_not
 from lorafx.peft_tensors import parameters_of, weights_of
 from lorafx.quantised import is_quantised, stand_in
-from lorafx.saved_modules import suitable_wrappers
+from lorafx.saved_modules import has_rows, suitable_wrappers
+from lorafx.token_rows import ROWS
 
 PREFIX = "base_model.model."  # of the names that PEFT's save_pretrained writes
 NAME = "default"  # of the adapter on a skeleton: what it is called in the end makes no difference
@@ -45,12 +46,13 @@ class Loaded:
     """A skeleton after PEFT has loaded tensors into it.
 
     layers: the adapted ones, by path; base: weights of the base model that were replaced, by their path there; saved:
-    tensors of copied modules, by the module's path, by name
+    tensors of copied modules, by the module's path, by name; tokens: those whose rows of the module's weight they are
     """
 
     layers: Mapping[str, PeftLinear]
     base: Mapping[str, Tensor]
     saved: Mapping[str, Mapping[str, Tensor]]
+    tokens: Mapping[str, Tensor]
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -81,6 +83,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     for path in adapted:
         if not path.startswith(tuple(f"{outer}." for outer in adapted)):
             bare.set_submodule(path, bare.get_submodule(path).get_base_layer())
+    for path, module in list(bare.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # copies that adapters have: of no other adapter's concern
+            bare.set_submodule(path, module.original_module)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(bare).pop(attribute, None)
     return bare
@@ -124,15 +129,26 @@ def load_onto(name: str, bare: nn.Module, config: LoraConfig, tensors: Mapping[s
             + ".",
             "the tensors of the layers that its config targets: is it a config that does not belong to the file",
         )
-    saved = {path: wrapper.modules_to_save[NAME].state_dict(keep_vars=True) for path, wrapper in wrappers.items()}
+    saved = {path: _tensors_in(wrapper) for path, wrapper in wrappers.items()}
+    tokens = {path: _tokens_in(wrapper) for path, wrapper in wrappers.items() if has_rows(wrapper)}
     lora = {id(parameter) for parameter in lora_parameters(layers).values()}
     lora |= {id(tensor) for tensors in saved.values() for tensor in tensors.values()}
     base = {
-        key.replace(".base_layer.", "."): tensor
+        key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", "."): tensor
         for key, tensor in _named_tensors(bare).items()
         if tensor is not before[key] and id(tensor) not in lora
     }
-    return Loaded(layers, base, saved)
+    return Loaded(layers, base, saved, tokens)
+
+
+def _tensors_in(wrapper: AuxiliaryTrainingWrapper) -> dict[str, Tensor]:
+    if has_rows(wrapper):
+        return {ROWS: wrapper.token_adapter.trainable_tokens_delta[NAME]}
+    return wrapper.modules_to_save[NAME].state_dict(keep_vars=True)
+
+
+def _tokens_in(wrapper: TrainableTokensWrapper) -> Tensor:
+    return torch.tensor(wrapper.token_adapter.token_indices[NAME], dtype=torch.int64, device="cpu")
 
 
 def check_base(name: str, root: nn.Module, base: Mapping[str, Tensor]) -> None:
@@ -172,11 +188,13 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     layers: dict[str, PeftLinear] = {}
     for path, module in bare.named_modules():
         if isinstance(module, LoraLayer):
-            if not is_supported(module) or other_variants(module):
+            kinds = other_variants(module)
+            if not is_supported(module) or kinds:
+                what = " with ".join([type(module).__name__, *kinds])
                 raise AdapterFormatError(
-                    f"adapter {name!r} adapts {path}, which PEFT makes a {type(module).__name__} of; lorafx runs LoRA"
-                    " on linear layers, embeddings, Conv2d and the weights of experts and routers. Load it with PEFT"
-                    " and pass the PeftModel: that layer then stays as PEFT has it."
+                    f"adapter {name!r} adapts {path}, which PEFT makes a {what} of; lorafx runs LoRA on"
+                    " linear layers, embeddings, Conv2d and the weights of experts and routers, DoRA and aLoRA on"
+                    " linear layers. Load it with PEFT and pass the PeftModel: that layer then stays as PEFT has it."
                 )
             if reason := why_not_wrapped(module) or why_not(module.get_base_layer()):
                 raise AdapterFormatError(
@@ -189,8 +207,11 @@ def _adapted_layers(name: str, bare: nn.Module) -> dict[str, PeftLinear]:
     return layers
 
 
-def _wrappers(name: str, bare: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+def _wrappers(name: str, bare: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
     wrappers, unsuitable = suitable_wrappers(bare)
+    for path, wrapper in wrappers.items():
+        if has_rows(wrapper):
+            _check_tokens(name, bare, path, wrapper)
     for path, reason in unsuitable.items():
         raise AdapterFormatError(
             f"adapter {name!r} brings its own {path}: {reason}. Load it with PEFT and pass the PeftModel: that module"
@@ -199,8 +220,16 @@ def _wrappers(name: str, bare: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return wrappers
 
 
+def _check_tokens(name: str, bare: nn.Module, path: str, wrapper: TrainableTokensWrapper) -> None:
+    """AdapterMismatchError: rows that the weight has not"""
+    there, named = wrapper.original_module.weight.shape[0], wrapper.token_adapter.token_indices[NAME]
+    if beyond := [token for token in named if token >= there]:
+        got = f"its trainable_token_indices name token {beyond[0]}, {path} has {there} rows."
+        raise _mismatch(name, bare, got, "tokens of this model's vocabulary")
+
+
 def _without_prefix(
-    name: str, bare: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], tensors: Mapping[str, Tensor]
+    name: str, bare: nn.Module, wrappers: Mapping[str, AuxiliaryTrainingWrapper], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """``tensors``, those of copied modules named as PEFT looks for them on a model without its own class around it."""
     named = dict(tensors)

@@ -51,14 +51,21 @@ class Layer:
     scale: float
     shapes: dict[str, tuple[int, ...]]
     is_parameter: bool = False
+    ranks: tuple[int, ...] = ()  # that it may have, where it is one of several parameters and names don't say which
     keys: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
 
     @property
     def rank(self) -> int:
-        shared = self.is_parameter and self.rows % self.expected_rank == 0
-        return self.expected_rank if shared else self.rows
+        if not self.is_parameter or self.rows in self.expected:
+            return self.rows
+        return next((rank for rank in self.expected if self.rows % rank == 0), self.rows)
+
+    @property
+    def expected(self) -> tuple[int, ...]:
+        """The ranks that the config may mean."""
+        return self.ranks or (self.expected_rank,)
 
     @property
     def rows(self) -> int:
@@ -149,7 +156,8 @@ def read_contents(path: Path) -> Contents:
     layers, others = _sort(tensors.shapes, config)
     contents = Contents(str(path), config, len(tensors.shapes), layers, list(features.values()), [], [])
     contents.problems += _wrong_shapes(layers)
-    extra = [kind for kind, has in (("DoRA", config.use_dora), ("modules_to_save", config.modules_to_save)) if has]
+    kinds = {"use_dora": "DoRA", "modules_to_save": "modules_to_save", "trainable_token_indices": "trainable tokens"}
+    extra = [kind for field, kind in kinds.items() if getattr(config, field)]
     contents.notes += [f"it uses {kind}" for kind in extra]
     if config.alora_invocation_tokens:
         contents.notes.append(f"it is aLoRA: it begins at the tokens {show(config.alora_invocation_tokens)}")
@@ -185,7 +193,8 @@ def _sort(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> tuple[di
         own = key.removesuffix(end).removeprefix(PREFIX)
         path = parameters.get(own, own)
         if path not in layers:
-            layers[path] = Layer(path, *_from_config(path, config), {}, own in parameters)
+            ranks = _ranks_at(_unwrapped(path), config) if parameters.get(own) == own else ()
+            layers[path] = Layer(path, *_from_config(path, config), {}, own in parameters, ranks)
         layers[path].shapes[PARTS[end]], layers[path].keys[PARTS[end]] = shape, key
     return layers, others
 
@@ -200,10 +209,7 @@ def _parameters(paths: set[str], config: LoraConfig) -> dict[str, str]:
         return {}
     wrappers: dict[str, list[str]] = {}
     for path in sorted(paths, key=len):  # from outside in
-        module = path
-        while module.endswith(WRAPPED):
-            module = module.removesuffix(WRAPPED)
-        wrappers.setdefault(module, []).append(path)
+        wrappers.setdefault(_unwrapped(path), []).append(path)
     found = {}
     for module, here in wrappers.items():
         names = _named_at(module, config)
@@ -213,6 +219,18 @@ def _parameters(paths: set[str], config: LoraConfig) -> dict[str, str]:
         elif names:
             found.update((path, path) for path in here)
     return found
+
+
+def _unwrapped(path: str) -> str:
+    """The module that PEFT's wrappers around its parameters stand around."""
+    while path.endswith(WRAPPED):
+        path = path.removesuffix(WRAPPED)
+    return path
+
+
+def _ranks_at(module: str, config: LoraConfig) -> tuple[int, ...]:
+    """Those of the module's parameters that ``target_parameters`` names."""
+    return tuple(sorted({_from_config(f"{module}.{name}", config)[0] for name in _named_at(module, config)}))
 
 
 def _named_at(module: str, config: LoraConfig) -> set[str]:
@@ -239,12 +257,12 @@ def _wrong_shapes(layers: Mapping[str, Layer]) -> Iterator[str]:
     whole = {path: layer for path, layer in layers.items() if path not in halves}
     if unequal := {path for path, layer in whole.items() if layer.shapes["A"][0] != layer.shapes["B"][1]}:
         yield f"{len(unequal)} layer(s) whose A and B differ in rank, such as {_some(sorted(unequal))}"
-    if other := [path for path in whole if path not in unequal and layers[path].rank != layers[path].expected_rank]:
+    if other := [path for path in whole if path not in unequal and layers[path].rank not in layers[path].expected]:
         first = layers[other[0]]
         what = f"{first.rows} rank rows, no multiple of what" if first.is_parameter else f"rank {first.rank},"
         yield (
             f"{len(other)} layer(s) whose rank is not what the config says, such as {_some(other[:1])}: its weights"
-            f" have {what} the config says {first.expected_rank}"
+            f" have {what} the config says {' or '.join(map(str, first.expected))}"
         )
 
 

@@ -97,8 +97,8 @@ def _check_layers(weights: AdapterWeights, names: Mapping[str, str]) -> None:
     twice = [text for text, count in Counter(names.get(layer) for layer in weights.sites).items() if count > 1]
     if weights.saved:
         raise AdapterFormatError(
-            f"adapter {weights.name!r} brings its own {next(iter(weights.saved))} (modules_to_save), which GGUF"
-            " adapters have not. Expected LoRA weights alone."
+            f"adapter {weights.name!r} brings its own {next(iter(weights.saved))} (modules_to_save, or trainable"
+            " tokens), which GGUF adapters have not. Expected LoRA weights alone."
         )
     for found, what in (
         (nameless, "llama.cpp has no adapters for (with tied embeddings the output head is one of these)"),

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lorafx.experts import layer_at, site_name
 from tests.cli.conftest import save_adapter
@@ -109,6 +110,44 @@ def test_weights_of_experts(lorafx_command, tmp_path, fields):
     assert code == 0
     assert "note: it adapts parameters (target_parameters): '" in out
     assert "base_layer" not in out
+
+
+class Gated(nn.Module):
+    """Parameters of its own, of no class of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.up.t()) @ self.down.t()
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gated(x)
+
+
+@pytest.mark.parametrize("patterns", [{}, {"gated.up": 3}, {"gated.up": 3, "gated.down": 2}])
+def test_several_parameters_of_a_module_that_is_no_experts(lorafx_command, tmp_path, patterns):
+    """Which of PEFT's wrappers is whose only the model says, so either may have either's rank."""
+    fields = {"target_modules": [], "target_parameters": ["gated.up", "gated.down"], "rank_pattern": patterns}
+    get_peft_model(Holder(), config(r=4, lora_dropout=0.0, **fields)).save_pretrained(tmp_path / "x")
+    code, out, _ = lorafx_command("inspect", tmp_path / "x", "--json")
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    assert sorted(layer["rank"] for layer in found["layers"]) == sorted(
+        patterns.get(name, 4) for name in ("gated.up", "gated.down")
+    )
+    code, out, _ = lorafx_command(
+        "inspect", changed(tmp_path / "x", tmp_path / "y", lambda tensors: None, r=5, rank_pattern={})
+    )
+    assert code == 1
+    assert "whose rank is not what the config says" in out
 
 
 def adapted_layers_of(root) -> set[str]:

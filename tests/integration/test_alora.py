@@ -396,6 +396,29 @@ def test_names_that_peft_cannot_read(active, folders):
         run(model, inputs, "nope")
 
 
+@pytest.mark.parametrize("how", ["cpp", "eager"])
+def test_weights_on_rows_of_a_causal_peft_model(how, folders):
+    """PEFT's class for causal models looks at the names before we do, for aLoRA, and knows no weights."""
+    inputs, base = {"input_ids": ids()}, run(LLAMA.build(1), {"input_ids": ids()})
+    names = [{"late": 1.0}, {"plain": 0.5, "twice": -0.25}, None, "other", {"plain": 0.3}]
+    extra = {**folders, "twice": folders["plain"]}
+    model = lorafx.compile(reference(extra), **LOWERINGS[how])
+    alone = {name: run(model, inputs, [name] * 5) for name in folders}
+    want = torch.stack([alone["late"][0], base[1], base[2], alone["other"][3], base[4]])
+    got = run(model, inputs, names)
+    plain = lorafx.compile(LLAMA.build(1), extra, **LOWERINGS[how])
+    of_plain = run(plain, inputs, names)
+    assert_rows(got, of_plain, base)
+    assert_rows(got[[0, 2, 3]], want[[0, 2, 3]], base[[0, 2, 3]])
+    assert (got[4] - base[4]).norm() > 1e-3
+    for whole in ({"plain": 0.3}, {"late": 1.0}):
+        assert_rows(run(model, inputs, whole), run(plain, inputs, whole), base)
+    steps = {"max_new_tokens": 2, "do_sample": False}
+    assert torch.equal(
+        model.generate(**inputs, adapter_names=names, **steps), plain.generate(**inputs, adapter_names=names, **steps)
+    )
+
+
 def test_rows_of_a_peft_model_are_those_of_its_main_input(folders):
     few = {"plain": folders["plain"]}
     model, peft = lorafx.compile(with_peft(LLAMA.build(1), few), **GRAPH), with_peft(LLAMA.build(1), few)

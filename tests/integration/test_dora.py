@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 
 import lorafx
 from lorafx import dora, passes
@@ -336,6 +337,21 @@ def test_edits_of_pefts_weights_are_seen_without_a_new_trace(folders, edit):
     assert delta_error(after, run(reference, INPUTS), base) <= 1e-5
     assert difference(after, before) > 1e-3 or edit is merged_and_back or edit is half_and_back
     check(model, reference)
+    assert len(lorafx.explain(model).graphs) == 1
+
+
+def test_hotswap_is_pefts_and_replace_does_what_it_can_not(folders, tmp_path):
+    """peft 0.21.2 finds no magnitudes to swap: it raises before anything is changed."""
+    new = saved(LLAMA, tmp_path, 7, use_dora=True, target_modules="all-linear", lora_alpha=3)
+    model, reference = (with_peft(LLAMA.build(LAYERS), folders) for _ in range(2))
+    lorafx.compile(model, options=EAGER_GRAPH)
+    before = run(model, INPUTS)
+    for each in (model, reference):
+        with pytest.raises(KeyError, match="lora_magnitude_vector"):
+            hotswap_adapter(each, new, adapter_name="one")
+    assert torch.equal(run(model, INPUTS), before)
+    model.lora.replace("one", new)
+    check(model, with_peft(LLAMA.build(LAYERS), {**folders, "one": new}))
     assert len(lorafx.explain(model).graphs) == 1
 
 

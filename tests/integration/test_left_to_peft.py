@@ -1,4 +1,5 @@
-"""LoRA on a parameter that is no linear layer's stays with PEFT: its results, one named reason, refused from a file."""
+"""What stays with PEFT (LoRA on a parameter that is no linear layer's, X-LoRA, other methods): its results, one named
+reason, refused by name from a file."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, XLoraConfig, get_peft_model
 from torch import nn
 
 import lorafx
@@ -104,3 +105,119 @@ def test_files_are_refused_by_name(kind, tmp_path):
         get_peft_model(family.build(), config(**fields)).save_pretrained(str(tmp_path))
     with pytest.raises(lorafx.AdapterFormatError, match="target_parameters"):
         lorafx.compile(family.build(), {"a": str(tmp_path)}, mode="eager")
+
+
+# ---------------------------------------------------------------------------- names that PEFT itself can't serve
+
+
+def adalora():
+    return AdaLoraConfig(total_step=10, target_modules=["q_proj"], init_lora_weights=False)
+
+
+REFUSING = {  # adapters that PEFT adapts a model with, and then refuses names, or takes no notice of them
+    "DoRA on an embedding": (lambda: config(target_modules=["embed_tokens"], use_dora=True), "when DoRA is enabled"),
+    "attention in modules_to_save": (
+        lambda: config(target_modules=["up_proj"], modules_to_save=["self_attn"]),
+        "_mixed_batch_forward",
+    ),
+    "AdaLoRA": (adalora, "adapter_names"),
+    "LoHa": (lambda: LoHaConfig(r=4, target_modules=["q_proj"], init_weights=False), "LoHaModel has no adapter_names"),
+    "IA3": (
+        lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+        "IA3Model has no adapter_names",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", [{"mode": "eager"}, {"options": EAGER_GRAPH}], ids=["eager", "graph"])
+@pytest.mark.parametrize("kind", REFUSING)
+def test_names_that_peft_refuses_are_refused_by_name_and_break_nothing(kind, mode):
+    make_config, said = REFUSING[kind]
+    reference = filled(get_peft_model(FAMILIES["llama"].build(1), make_config()))
+    inputs = {"input_ids": tokens(4)}
+    model = lorafx.compile(copy.deepcopy(reference), **mode)
+    want = run(reference, inputs)
+    for _ in range(2):
+        assert_close(run(model, inputs), want)
+        with pytest.raises(lorafx.UnsupportedModelError, match=said):
+            run(model, inputs, ["default", "__base__"] * 2)
+        with pytest.raises(lorafx.UnsupportedModelError, match="adapter_names"):
+            run(model, inputs, [{"default": 0.5}, None] * 2)
+    with model.disable_adapter(), reference.disable_adapter():
+        assert_close(run(model, inputs), run(reference, inputs))
+
+
+def test_an_error_of_the_models_own_is_handed_on():
+    """What a call of PEFT's stumbles over need not be PEFT's."""
+    model = lorafx.compile(
+        filled(get_peft_model(FAMILIES["llama"].build(1), config(target_modules=["embed_tokens"], use_dora=True))),
+        mode="eager",
+    )
+
+    def fails(*_):
+        raise ValueError("of the user's own")
+
+    hook = model.get_base_model().model.register_forward_pre_hook(fails)
+    with pytest.raises(ValueError, match="of the user's own"):
+        run(model, {"input_ids": tokens(2)}, ["default"] * 2)
+    hook.remove()
+    assert torch.isfinite(run(model, {"input_ids": tokens(2)})).all()
+
+
+@pytest.mark.parametrize("mode", [{"mode": "eager"}, {"options": EAGER_GRAPH}], ids=["eager", "graph"])
+def test_xlora_is_pefts(mode, tmp_path):
+    """It scales the adapters anew in each call, by forwards and hooks of its own."""
+    folders = {}
+    for i in range(2):
+        folders[str(i)] = str(tmp_path / str(i))
+        made = get_peft_model(FAMILIES["llama"].build(1), config(target_modules=["q_proj"], lora_dropout=0.0))
+        filled(made, i).save_pretrained(folders[str(i)])
+
+    def build():
+        base = FAMILIES["llama"].build(1)
+        base.config.use_cache = False
+        torch.manual_seed(5)
+        fields = {"task_type": "CAUSAL_LM", "hidden_size": 32, "xlora_depth": 2, "adapters": folders}
+        return get_peft_model(base, XLoraConfig(**fields)).eval()
+
+    inputs = {"input_ids": tokens(4)}
+    reference, model = build(), lorafx.compile(build(), **mode)
+    want = run(reference, inputs)
+    assert (want - run(FAMILIES["llama"].build(1), inputs)).norm() > 1e-2
+    for _ in range(2):
+        assert_close(run(model, inputs), want)
+    assert {item.name: "X-LoRA" in item.reason for item in lorafx.explain(model).skipped} == {
+        "model.layers.0.self_attn.q_proj": True
+    }
+    with pytest.raises(lorafx.UnsupportedModelError, match="XLoraModel has no adapter_names"):
+        run(model, inputs, ["0", "1", "__base__", "0"])
+    with pytest.raises(lorafx.UnsupportedModelError, match="X-LoRA"):
+        model.lora.use("0")
+    assert_close(run(model, inputs), want)
+
+
+def test_adapters_of_several_methods_on_one_model():
+    torch.manual_seed(1)
+    reference = get_peft_model(FAMILIES["llama"].build(1), config(target_modules=["q_proj", "v_proj"]), "l", mixed=True)
+    reference.add_adapter("h", LoHaConfig(r=4, target_modules=["q_proj", "k_proj"], init_weights=False))
+    reference.eval()
+    inputs = {"input_ids": tokens(4)}
+    model = lorafx.compile(copy.deepcopy(reference), options=EAGER_GRAPH)
+    results = []
+    for active in (["l", "h"], "l", "h", ["l", "h"]):
+        for each in (reference, model):
+            each.set_adapter(active)
+        results.append(run(reference, inputs))
+        assert_close(run(model, inputs), results[-1])
+    assert (results[0] - results[1]).norm() > 1e-3
+    assert {item.name.rpartition(".")[2] for item in lorafx.explain(model).skipped} == {"q_proj", "k_proj"}
+    with pytest.raises(lorafx.UnsupportedModelError, match="can't choose for"):
+        run(model, inputs, ["l", "h", "__base__", "l"])
+
+
+def test_what_an_embedding_with_dora_is_refused_for(tmp_path):
+    filled(
+        get_peft_model(FAMILIES["llama"].build(1), config(target_modules=["embed_tokens"], use_dora=True))
+    ).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(lorafx.AdapterFormatError, match=r"embed_tokens, which PEFT makes a .*DoraEmbeddingVariant of"):
+        lorafx.compile(FAMILIES["llama"].build(1), str(tmp_path), mode="eager")

@@ -246,6 +246,15 @@ def test_load_replace_and_unload(folders, tmp_path):
     assert (len(lorafx.explain(model).graphs), lorafx.explain(model).recompiles) == (1, 0)
 
 
+@pytest.mark.parametrize("name", ["one", "default"])
+def test_an_adapter_without_copies_beside_one_that_has_them(name, folders):
+    """What another adapter has is not asked of its file, whatever that one is called."""
+    reference = with_peft(SCORE, {name: folders["one"], "plain": folders["plain"]})
+    model = lorafx.compile(with_peft(SCORE, {name: folders["one"]}), options=EAGER_GRAPH)
+    model.lora.load("plain", folders["plain"])
+    check(model, reference, [name, None, "plain", name, name])
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["plain", "peft"])
 def test_the_first_one_costs_one_trace_and_says_so(folders, peft):
     given = {"plain": folders["plain"]}
