@@ -29,7 +29,7 @@ from lorafx.passes.attach_inputs import routed_inputs
 from lorafx.passes.checkpointed import draw_again
 from lorafx.probe_bank import ProbeBank
 from lorafx.recompiles import input_shapes, reason_now
-from lorafx.sites import refusal, rows_unknown, run_markers_now
+from lorafx.sites import note_positions, refusal, rows_unknown, run_markers_now
 
 log = logging.getLogger("lorafx")
 graphs_log = logging.getLogger(GRAPHS)
@@ -170,7 +170,7 @@ def _rewrite(
         return rewritten, run_passes(rewritten, context)
 
     def sites(record: PassRecord) -> ProbeBank:
-        rows = 1 if _mixed_refusal(record, bank) is not None else bank.batch or 1
+        rows = 1 if _mixed_refusal(record, bank) is not None else int(bank.batch or 1)
         return ProbeBank(bank, rows)
 
     if not options.validate:
@@ -212,6 +212,8 @@ def _mixed_refusal(record: PassRecord, bank: AdapterBank) -> tuple[str, str] | N
     with."""
     if bank.batch is None:
         return None
+    for shape in record.shapes.values():
+        note_positions(shape, bank.batch)
     for site, shape in record.shapes.items():
         if reason := rows_unknown(shape, bank.batch, bank.batch):
             return site, reason

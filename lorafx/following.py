@@ -112,7 +112,7 @@ class Follower:
             runtime._entries, self._hooks = {}, self._read_hooks()
         if not runtime.fused.holds():
             runtime._on_new_projections()
-        if self._state is not None and not self._state.attached():
+        if self._state is not None and not self._state.attached() and not self._state.find_again():
             self.gone, self._state, bank._chosen, bank._fallback = True, None, None, NOTHING
             self._run_uncompiled("PEFT has taken its layers off (compile what is left anew)")
         if self.gone:

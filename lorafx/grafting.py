@@ -27,13 +27,17 @@ def graft(name: str, bare: nn.Module, config: LoraConfig, shapes: Mapping[str, t
         path, mark, _ = key.partition(".lora_B")
         if mark and len(shape) == 2:
             widths[path.removeprefix(PREFIX)] = shape[0]
-    alike: dict[str, set[int]] = {}
+    there = {path for path, _ in bare.named_modules()}
+    alike: dict[
+        str, set[int]
+    ] = {}  # of what the model lacks: elsewhere it may have layers that are called as parts are
     for path, width in widths.items():
-        alike.setdefault(path.rpartition(".")[2], set()).add(width)
-    adapted = alike.keys()
+        if path not in there:
+            alike.setdefault(path.rpartition(".")[2], set()).add(width)
+    adapted = {path.rpartition(".")[2] for path in widths}
     refuse_interleaved(name, bare, adapted)
     for layer in f.layers(bare):
-        if adapted.isdisjoint(layer.parts):
+        if (adapted if layer.own else alike.keys()).isdisjoint(layer.parts):
             continue
         parent_path, _, own_name = layer.path.rpartition(".")
         parent = bare.get_submodule(parent_path)

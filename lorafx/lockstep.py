@@ -17,6 +17,7 @@ import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, fx
@@ -27,12 +28,13 @@ from lorafx.passes.checkpointed import CHECKPOINT, bodies_of
 from lorafx.passes.graph_reading import TRACED, traced_name
 from lorafx.passes.record import STANDS_FOR, StandIn
 from lorafx.probe_bank import SITES, ProbeBank
-from lorafx.probe_inputs import rms
+from lorafx.probe_inputs import noise_like, rms
 
 VISIBLE = 4  # what is added is at least so many times as large as what may differ
 FLOOR = 0.1  # of the average row: what a row may differ by, if it is smaller than that itself
 MATMUL_STEPS = {"highest": 0.0, "high": torch.finfo(torch.half).eps, "medium": torch.finfo(torch.bfloat16).eps}
 GROUP = "lorafx_group"
+ZEROS = {torch.zeros, torch.zeros_like, torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default}
 Blame = dict[str, str]  # why, by the traced name of the sum
 
 
@@ -52,11 +54,14 @@ class Truth:
 
 
 class _Run(fx.Interpreter):
-    """One run on ``attributes`` in the place of what the module holds. path: of a body, in the graph that calls it."""
+    """One run on ``attributes`` in the place of what the module holds. path: of a body, in the graph that calls it;
+    filled: the zeros that the graph makes are noise, the same in both runs"""
 
-    def __init__(self, gm: fx.GraphModule, attributes: dict[str, Tensor], sites: ProbeBank | None) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, attributes: dict[str, Tensor], sites: ProbeBank | None, filled: bool = False
+    ) -> None:
         super().__init__(gm)
-        self.attributes, self.sites, self.path = attributes, sites, ""
+        self.attributes, self.sites, self.filled, self.path = attributes, sites, filled, ""
 
     def body(self, gm: fx.GraphModule) -> _Run:
         """What runs a graph that this one calls, and adds to what is found here."""
@@ -84,6 +89,13 @@ class _Run(fx.Interpreter):
         held = {name: self.attributes[f"{target}.{name}"] for name in names}
         return torch.func.functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
 
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if self.filled and makes_zeros(node) and isinstance(value, Tensor) and value.is_floating_point():
+            name = node.meta.get(TRACED, self.named(node))
+            return noise_like(value, torch.Generator().manual_seed(crc32(name.encode())))
+        return value
+
     def values_of(self, node: fx.Node) -> tuple:
         return fx.map_arg(node.args, lambda arg: self.env[arg])
 
@@ -106,8 +118,9 @@ class Traced(_Run):
         sites: ProbeBank | None,
         stand_ins: Collection[StandIn],
         readers: Collection[str],
+        filled: bool = False,
     ) -> None:
-        super().__init__(gm, attributes, sites)
+        super().__init__(gm, attributes, sites, filled)
         self._sums = {one.out: one for one in stand_ins}
         self._results = {one.result for one in stand_ins}
         self._readers = set(readers)
@@ -150,6 +163,10 @@ class Traced(_Run):
             if one.out in self._sizes and isinstance(self._kept.get(one.result), Tensor)
         }
 
+    def hidden(self) -> int:
+        """How many outputs show nothing of what was added."""
+        return sum(not truth.is_visible for truth in self.truths().values())
+
     def reader(self, name: str) -> Any:
         return self._kept.get(name)
 
@@ -165,7 +182,7 @@ class Rewritten(_Run):
     def __init__(
         self, gm: fx.GraphModule, attributes: dict[str, Tensor], sites: ProbeBank | None, traced: Traced
     ) -> None:
-        super().__init__(gm, attributes, sites)
+        super().__init__(gm, attributes, sites, traced.filled)
         self._traced, self._truths = traced, traced.truths()
         self.blame: Blame = {}
 
@@ -221,6 +238,12 @@ class Rewritten(_Run):
     def _accuse(self, stand_ins: Collection[StandIn], reason: str) -> None:
         for one in stand_ins:
             self.blame.setdefault(one.out, reason)
+
+
+def makes_zeros(node: fx.Node) -> bool:
+    return (
+        node.target in ZEROS if node.op == "call_function" else (node.op, node.target) == ("call_method", "new_zeros")
+    )
 
 
 def bound(dtypes: Collection[torch.dtype], width: int, device: torch.device) -> float:

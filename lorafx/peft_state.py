@@ -7,6 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorafx.peft_tensors import has_bare_parameters
@@ -23,7 +24,8 @@ class PeftState:
     def __init__(self, root: nn.Module, layers: Mapping[str, Any], wrappers: Mapping[str, Any]) -> None:
         self._root = vars(root)
         self._wrappers = [vars(wrapper) for wrapper in wrappers.values()]
-        self._way = _way_to(root, next(iter(layers)))
+        self._path = next(iter(layers))
+        self._way = _way_to(self._root["_modules"], self._path)
         self._layers = [vars(layer) for layer in layers.values()]
         self._tables = [part._modules for layer in layers.values() for part in (layer.lora_A, layer.lora_B)]
         tables = [*self._tables]
@@ -79,8 +81,17 @@ class PeftState:
         )
 
     def attached(self) -> bool:
-        """The layers are in the model still."""
+        """The layers are in the model still, in the modules that they were in."""
         return all(children.get(name) is child for children, name, child in self._way)
+
+    def find_again(self) -> bool:
+        """Whether the layers stand where they stood, in modules that a forward has put in the place of others, as
+        BigBird's attention does for a short input."""
+        way = _way_to(self._root["_modules"], self._path)
+        if way[-1][2] is not self._way[-1][2]:
+            return False
+        self._way = way
+        return True
 
     def _read(self, name: str) -> list[Any]:
         return [layer[name] for layer in self._layers]
@@ -116,14 +127,16 @@ def _held_by(wrapper: Any) -> dict[str, Any]:
     )
 
 
-def _way_to(root: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Each step from ``root`` to the module at ``path``."""
-    steps, module = [], root
+def _way_to(children: dict[str, Any], path: str) -> list[tuple[dict[str, Any], str, nn.Module | None]]:
+    """Each step from ``children``, those of the root, to the module at ``path``; the last is None if it is gone."""
+    steps: list[tuple[dict[str, Any], str, nn.Module | None]] = []
     for name in path.split("."):
-        if name not in module._modules:  # a parameter: PEFT's wrapper stands where its module did
+        if name not in children and steps and isinstance(steps[-1][2], LoraLayer):
+            break  # a parameter: PEFT's wrapper stands where its module did
+        steps.append((children, name, children.get(name)))
+        if steps[-1][2] is None:
             break
-        steps.append((module._modules, name, module._modules[name]))
-        module = module._modules[name]
+        children = steps[-1][2]._modules
     return steps
 
 

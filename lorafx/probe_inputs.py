@@ -1,8 +1,9 @@
 """Inputs to try a graph on: those it was traced with, made so that nothing hides in a zero.
 
 A zero proves nothing: B of an adapter that was never trained is zero, and so is a fresh key/value cache. All-zero
-tensors of floating dtype become signed noise; everything else stays as it is, so that indices, masks and shapes make
-sense. What a graph may write to is copied for each run; weights that nothing writes to are shared, never copied.
+tensors of floating dtype become signed noise, and so do zeros that the graph makes, where something is seen no other
+way (the queries of DETR's decoder begin as such); everything else stays as it is, so that indices, masks and shapes
+make sense. What a graph may write to is copied for each run; weights that nothing writes to are shared, never copied.
 """
 
 from __future__ import annotations
@@ -104,9 +105,14 @@ class Probe:
     def _without_zeros(self, value: Tensor) -> Tensor:
         if not (self._noise and _is_plain(value) and value.is_floating_point() and value.numel()) or value.any():
             return value
-        sign = torch.randint(0, 2, value.shape, generator=self._generator) * 2 - 1
-        noise = sign * (0.5 + torch.rand(value.shape, generator=self._generator))
-        return torch.empty_like(value, requires_grad=False).copy_(noise)
+        return noise_like(value, self._generator)
+
+
+def noise_like(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Signed, of this shape, dtype and layout, and none of it near zero."""
+    sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+    noise = sign * (0.5 + torch.rand(value.shape, generator=generator))
+    return torch.empty_like(value, requires_grad=False).copy_(noise)
 
 
 def rms(value: Tensor) -> float:

@@ -30,7 +30,7 @@ from lorafx.recompiles import MANY, advice
 from lorafx.recomputing import check_not_recomputed
 from lorafx.saved_layers import SavedHook
 from lorafx.selection import Selection, names_in, normalize
-from lorafx.sites import RefuseNames, SiteHook, check_one_place
+from lorafx.sites import BatchRows, RefuseNames, SiteHook, check_one_place
 from lorafx.weight_packing import WeightPacking
 
 log = logging.getLogger("lorafx")
@@ -341,7 +341,7 @@ class Runtime:
         named = (main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
         for value in chain(args[:1], map(kwargs.get, named), args[1:], kwargs.values()):
             if isinstance(value, Tensor) and value.dim() > 0:
-                return value.shape[0]
+                return BatchRows.of_call(value.shape[0], chain(args, kwargs.values()))
         return None
 
     def _check_rows(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -149,8 +150,33 @@ def _apply_to_layer(
 def check_rows(bank: AdapterBank, site: int, shape: tuple[int, ...], rows: int) -> None:
     """UnsupportedModelError: ``rows`` adapters are named, and the leading dimension of an input of this shape is not
     known to be rows"""
+    note_positions(shape, bank.batch)
     if rows > 1 and (reason := rows_unknown(shape, rows, bank.batch)):
         raise UnsupportedModelError(refusal(bank.store.sites[site].name, reason, bank.late_in_use))
+
+
+class BatchRows(int):
+    """How many rows the batch of a call has. positions: how many each has, one after the other, in some of its tensors:
+    what rows times that many is can be rows and positions as one dimension, and a few of them, chosen, can't."""
+
+    positions: set[int]
+
+    @classmethod
+    def of_call(cls, rows: int, inputs: Iterable[Any]) -> BatchRows:
+        made = cls(rows)
+        made.positions = set()
+        for value in inputs:
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows:
+                made.positions.add(int(value.shape[1]))
+                note_positions((*value.shape, 1), made)
+                note_positions(tuple(value.shape), made)
+        return made
+
+
+def note_positions(shape: tuple[int, ...], batch: int | None) -> None:
+    """Remember how many positions a row has in an input of this shape, ``[rows, ..., in]``."""
+    if isinstance(batch, BatchRows) and batch and len(shape) > 2 and shape[0] % batch == 0:
+        batch.positions.add(shape[0] // batch * prod(shape[1:-1]))
 
 
 def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | None:
@@ -164,6 +190,10 @@ def rows_unknown(shape: tuple[int, ...], rows: int, batch: int | None) -> str | 
         return f"its input has leading size {leading}, which is no multiple of the batch's {unit}"
     if len(shape) > 2 and leading != unit and shape[1] == unit:
         return f"its input {list(shape)} looks time-major: the batch of {unit} is its second dimension"
+    each = leading // unit
+    if len(shape) == 2 and each != 1 and isinstance(batch, BatchRows) and each not in batch.positions:
+        # tokens that were chosen for an expert, patches of many pictures
+        return f"its input {list(shape)} is not known to hold {each} of each of the batch's {unit}"
     return None
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -123,11 +123,11 @@ def _run_traced(
     stand_ins: Collection[StandIn],
     bank: ProbeBank | None,
 ) -> tuple[Probe, Traced, Any]:
-    """Run ``gm``, again where what was added was much smaller or larger than what it was added to."""
+    """Run ``gm``, again where what was added was much smaller or larger than what it was added to, or not seen."""
 
-    def run(probe: Probe) -> tuple[Traced, Any]:
+    def run(probe: Probe, filled: bool = False) -> tuple[Traced, Any]:
         values, attributes = probe.fresh()
-        traced = Traced(gm, attributes, bank, stand_ins, readers_of(rewritten))
+        traced = Traced(gm, attributes, bank, stand_ins, readers_of(rewritten), filled)
         with _same_draws():
             traced.run(*values, enable_io_processing=False)
         return traced, [values, attributes]
@@ -144,6 +144,11 @@ def _run_traced(
         if not _scale(probe, traced, stand_ins):
             break
         traced, written = run(probe)
+    if traced.hidden():
+        with suppress(Exception):  # noise where a zero had a meaning
+            filled, changed = run(probe, filled=True)
+            if filled.hidden() < traced.hidden():
+                traced, written = filled, changed
     return probe, traced, written
 
 

@@ -27,6 +27,7 @@ from lorafx.passes.mark_branches import mark_branches
 from lorafx.passes.note_experts import note_experts
 from lorafx.passes.record import Box, FusedBranch, FusedGroup, PassRecord, Sketch, count_ops
 from lorafx.passes.scale_rows import scale_rows
+from lorafx.passes.share_inputs import share_inputs
 from lorafx.passes.share_routing import share_routing
 from lorafx.passes.sketch import first_layer, sketch_layer
 
@@ -40,6 +41,7 @@ FIND = (
 )
 REWRITE = (
     hand_on_inputs,  # what bodies of checkpointed layers read, which are rewritten before the graph that calls them
+    share_inputs,  # x.to(its own dtype) -> x, so that siblings show
     fuse_groups,  # lorafx.site, lorafx.branch -> lorafx.routed_lora, lorafx.fused_lora
     fuse_layers,  # lorafx.layer_site -> lorafx.routed_layer
     note_experts,  # lorafx.expert_site and expert_lora stay
