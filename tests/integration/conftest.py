@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -26,3 +28,11 @@ def _forget_graphs():
 def _each_warning_anew():
     """A warning comes once in a process, and tests share one."""
     warn_once.__defaults__[0].clear()
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own SIGINT handler, also where a shell has started us in the background, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

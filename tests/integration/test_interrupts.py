@@ -135,14 +135,6 @@ def test_every_line_of_an_exchange(step, made, tmp_path):
     assert line > 100
 
 
-@pytest.fixture
-def interruptible():
-    """Python's own SIGINT handler, also where a shell has started us in the background, which ignores the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_change():
     """A real SIGINT, in the middle of a block that must not be left half-way."""

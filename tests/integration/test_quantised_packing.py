@@ -130,6 +130,7 @@ def test_a_thread_that_comes_while_the_last_layer_is_packed(monkeypatch):
         check(each, want)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_layer(monkeypatch):
     need("bitsandbytes")
     import bitsandbytes.nn.modules as theirs
