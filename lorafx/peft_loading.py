@@ -88,7 +88,13 @@ class PeftLoader:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             self.model.peft_config[name] = config  # what PEFT's add_adapter does, which wants a new name
-            self.model.base_model.inject_adapter(self.model.base_model.model, name)
+            try:
+                self.model.base_model.inject_adapter(self.model.base_model.model, name)
+            except ValueError as error:
+                raise AdapterMismatchError(
+                    f"adapter {name!r} can't stand beside the others on this PeftModel, as PEFT says: {error} Compile"
+                    " the base model without PEFT, which takes any."
+                ) from error
             self.model.base_model._cast_adapter_dtype(name)
             for path, site in weights.sites.items():
                 layer = layer_at(self.root, path)

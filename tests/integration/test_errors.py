@@ -162,7 +162,7 @@ def prompt_tuning(folder):
     return str(folder)
 
 
-PARAMETER = {"target_parameters": ["up_proj.weight"], "lora_dropout": 0.0}  # as LoRA on MoE experts names them
+PARAMETER = {"target_parameters": ["embed_tokens.weight"], "lora_dropout": 0.0}  # of no linear layer
 
 SOURCES = {
     "a path that is not there": (no_folder, FORMAT, r"nowhere.*no such folder.*Expected a folder"),
@@ -437,7 +437,7 @@ def mixed_kinds(**fields):
 
 
 KINDS = {
-    "target_parameters": ({"target_modules": [], **PARAMETER}, "up_proj", "ParamWrapper"),
+    "target_parameters": ({"target_modules": [], **PARAMETER}, "embed_tokens", "ParamWrapper"),
 }
 
 
@@ -466,7 +466,7 @@ def test_layers_of_other_kinds_stay_exactly_pefts(kind):
     for each in (model, reference):
         each.set_adapter("other")
         module = each.get_base_model().get_submodule(paths[0])
-        x = torch.linspace(-1, 1, 2 * 32).view(2, 32)
+        x = tokens(2) if layer == "embed_tokens" else torch.linspace(-1, 1, 2 * 32).view(2, 32)
         seen[each] = module(x)
     assert torch.equal(seen[model], seen[reference])
     with pytest.raises(lorafx.UnsupportedModelError, match="set_adapter"):

@@ -321,6 +321,11 @@ def test_a_layer_adapted_as_one_and_by_its_weight():
         for name in ("b", "a"):
             both.set_adapter(name)
             assert_close(both(X) - base, want[name])
+        other = lorafx.compile(on_peft(sources, ["b"]), options=EAGER_GRAPH)
+        with pytest.raises(lorafx.AdapterMismatchError, match=r"'a' can't stand beside the others.*not also targeted"):
+            other.lora.load("a", sources["a"])
+        assert other.lora.names == ["b"]
+        assert_close(other(X) - base, want["b"])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])  # the second one's router computes in float32
