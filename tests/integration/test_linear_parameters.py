@@ -46,6 +46,7 @@ KNOWN = {
     "type_as": lambda self, x: F.linear(x, self.weight.type_as(x)),
     "asks for its dtype": lambda self, x: F.linear(x.to(self.weight), self.weight) * self.weight.shape[0],
     "another layer beside it": lambda self, x: F.linear(x, self.weight) + F.linear(x, self.table),
+    "three dimensions": lambda self, x: F.linear(x.reshape(x.shape[0] * x.shape[1], x.shape[2]), self.weight),
     "chosen": chosen,
     "more arguments": lambda self, x, mask=None, **kwargs: F.linear(x, self.weight),
 }
@@ -226,6 +227,8 @@ def test_files_on_a_plain_model(sources, wanted, how):
             assert not after["lorafx.site"]
         twin = copy.deepcopy(model)
         check(twin(X, adapter_names=NAMES), ["b", None, "b", "b"], wanted)
+        twin.lora.replace("a", model.lora.read(sources["a"]))
+        check(twin(X, adapter_names=NAMES), NAMES, wanted)
         assert lorafx.uncompile(model) is model
         assert torch.equal(model(X), original(X))
     assert not any("forward" in vars(module) for module in model.modules())
